@@ -1,0 +1,27 @@
+# Everything runs in .venv, set up from requirements/py311-cpu.txt on first use.  `make test` from a fresh clone needs nothing else.
+PYTHON ?= python3.11
+PY := .venv/bin/python
+export OMP_NUM_THREADS := 1
+
+.PHONY: test test-mutants lint demo setup clean
+setup: .venv/ok
+.venv/ok: requirements/py311-cpu.txt pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install -q --no-deps -r requirements/py311-cpu.txt
+	$(PY) -m pip install -q --no-deps -e .
+	touch $@
+
+test: setup lint
+	$(PY) -m pytest
+
+lint: setup
+	$(PY) -m ruff check .
+
+test-mutants: setup
+	$(PY) tests/mutants.py
+
+demo: setup
+	$(PY) -m torch.distributed.run --standalone --nproc-per-node 2 examples/megatron_core_dft.py --tp 2 --loss dft --steps 60
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,43 @@
+"""@triton.jit helpers shared by the row kernels: where a row's aligned part lies, and scalar functions Triton lacks.
+
+A row of any vocabulary and stride is cut into   edge | body | edge   so that the body starts at a 16-byte boundary and is a
+whole number of 16-byte vectors.  Without the cut, Triton proves no alignment for an odd vocabulary (50257) or stride and
+loads two bytes at a time.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+EMPTY = tl.constexpr(-1e30)   # base-2 reference of a row that has seen nothing: finite, so differences with it stay finite
+FLOOR = tl.constexpr(-1000.0)  # 2^-1000 is exactly 0 in fp32: clamping here makes -inf columns contribute 0 instead of 0 * inf
+
+
+@triton.jit
+def aligned_body(first, V, VEC: tl.constexpr):
+    """A row starts `first` elements past a 16-byte boundary: (elements before its first boundary, elements in whole vectors)."""
+    head = tl.minimum(((VEC - first % VEC) % VEC).to(tl.int32), V)
+    return head, (V - head) // VEC * VEC
+
+
+@triton.jit
+def edge_columns(head, body, V, VEC: tl.constexpr):
+    """Columns outside the body, at most VEC - 1 on either side: (column, is it real)."""
+    lane = tl.arange(0, 2 * VEC)
+    before = lane < VEC
+    column = tl.where(before, lane, head + body + lane - VEC)
+    return column, tl.where(before, lane < head, column < V)
+
+
+@triton.jit
+def exponent(x, scale2, m2):
+    """log2 of a column's share before normalisation: x * scale2 - m2 in one rounding, NaN kept, -inf floored."""
+    return tl.maximum(tl.fma(x, scale2, -m2), FLOOR, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def one_minus_exp(x):
+    """1 - e^x for x <= 0.  The series is used near 0, where the subtraction would leave no digits of a confident label's gradient."""
+    series = -x * (1.0 + x / 2 * (1.0 + x / 3 * (1.0 + x / 4 * (1.0 + x / 5))))
+    return tl.where(x > -0.1, series, 1.0 - tl.exp2(x * LOG2E))

@@ -1,0 +1,1 @@
+"""Numbers that change with the step: pure functions of it."""

@@ -1,0 +1,39 @@
+"""Bytes per logit, counted in the interpreter: stats reads once; grad reads once and writes once; masked rows are not read."""
+
+import pytest
+import torch
+
+from megatron_plugin.kernels.grad import grad_triton
+from megatron_plugin.kernels.layout import Shard
+from megatron_plugin.kernels.stats import stats_triton
+
+if not torch.cuda.is_available():
+    from tests.kernels.byte_meter import byte_meter
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="bytes are counted in the interpreter, which a GPU run does not load")
+
+# odd vocabulary with edges on both sides; a whole number of blocks
+SHAPES = [(4, 50257), (4, 32768)]
+
+
+@pytest.mark.parametrize("T, V", SHAPES)
+@pytest.mark.parametrize("masked", [0, 1])
+def test_stats_reads_live_logits_once(T, V, masked):
+    logits, labels = torch.randn(T, V).bfloat16(), torch.randint(0, V, (T,))
+    labels[:masked] = -100
+    with byte_meter(logits) as meter:
+        stats_triton(logits, labels, Shard(0, V, -100, 1.0))
+    assert meter.passes("load") == pytest.approx((T - masked) / T, rel=1e-3)
+    assert meter.passes("store") == 0
+
+
+@pytest.mark.parametrize("T, V", SHAPES)
+@pytest.mark.parametrize("masked", [0, 1])
+def test_grad_reads_live_logits_once_and_writes_once(T, V, masked):
+    logits, labels = torch.randn(T, V).bfloat16(), torch.randint(0, V, (T,))
+    labels[:masked] = -100
+    rows = torch.tensor([0.0, 2.0, -1.0, 1.0]).repeat(T, 1)
+    with byte_meter(logits) as meter:
+        grad_triton(logits, logits, labels, rows, torch.ones(T, 3), Shard(0, V, -100, 1.0))
+    assert meter.passes("load") == pytest.approx((T - masked) / T, rel=1e-3)
+    assert meter.passes("store") == pytest.approx(1, rel=1e-3)

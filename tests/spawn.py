@@ -1,0 +1,74 @@
+"""Run a function on N gloo ranks.  The rank processes are started once per test session and reused: torch's import costs seconds.
+
+    results = on_ranks(3, "tests.parallel.ranks", "logp_of_shard", V=5003)       # [result of rank 0, 1, 2]
+
+The function takes (group, **arguments), lives in an importable module without tests and returns something picklable.
+"""
+
+import atexit
+import importlib
+import os
+import sys
+import tempfile
+import traceback
+from datetime import timedelta
+from functools import cache
+from pathlib import Path
+
+import torch.multiprocessing as mp
+
+ROOT = str(Path(__file__).parent.parent)
+WORLD = 4
+TIMEOUT_S = 120
+
+
+def _serve(rank: int, store: str, pipe) -> None:
+    """A rank: joins the world, then answers requests until the pipe closes."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.path.append(ROOT)
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=TIMEOUT_S))
+    groups = {n: dist.new_group(list(range(n)), timeout=timedelta(seconds=TIMEOUT_S)) for n in range(1, WORLD + 1)}
+    while True:
+        try:
+            size, module, function, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, getattr(importlib.import_module(module), function)(groups[size], **arguments)))
+        except BaseException as error:
+            pipe.send((False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+
+
+@cache
+def _pool():
+    context = mp.get_context("spawn")
+    store = tempfile.NamedTemporaryFile(delete=False, prefix="ranks").name
+    os.unlink(store)
+    pipes = []
+    for rank in range(WORLD):
+        ours, theirs = context.Pipe()
+        context.Process(target=_serve, args=(rank, store, theirs), daemon=True).start()
+        theirs.close()
+        pipes.append(ours)
+    atexit.register(lambda: [pipe.close() for pipe in pipes])
+    return pipes
+
+
+def on_ranks(size: int, module: str, function: str, **arguments) -> list:
+    """Results of `function(group, **arguments)` on ranks 0..size-1.  RuntimeError with the rank's traceback if one fails."""
+    pipes = _pool()[:size]
+    for pipe in pipes:
+        pipe.send((size, module, function, arguments))
+    answers = []
+    for rank, pipe in enumerate(pipes):
+        if not pipe.poll(TIMEOUT_S):
+            raise TimeoutError(f"rank {rank} of {size} did not finish {module}.{function} within {TIMEOUT_S} s")
+        answers.append(pipe.recv())
+    for rank, (ok, result) in enumerate(answers):
+        if not ok:
+            raise RuntimeError(f"rank {rank} of {size}: {result}")
+    return [result for _, result in answers]

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_plugin.kernels.layout import KernelCall, Shard, aligned_rows, vector_width
-from megatron_plugin.kernels.row import LN2, LOG2E, aligned_body, edge_columns, exponent, one_minus_exp
+from megatron_plugin.kernels.row import LN2, LOG2E, aligned_body, edge_columns, exponent
 
 BLOCK = 4096
 NUM_WARPS = 4
@@ -37,7 +37,7 @@ def _row_scalars(ROWS, GRADS, row, live, inv_temperature):
     B = -b * LN2 * p_scale
     p = tl.exp2(logp * LOG2E)
     spread = tl.where(p == 0.0, 0.0, p * (c - b * (logp + entropy)))
-    dx_label = (a * one_minus_exp(logp) + spread) * inv_temperature
+    dx_label = (a * (1.0 - p) + spread) * inv_temperature
     return live, tl.where(live, m2, 0.0), tl.where(live, A, 0.0), tl.where(live, B, 0.0), dx_label
 
 

@@ -1,4 +1,4 @@
-"""@triton.jit helpers shared by the row kernels: where a row's aligned part lies, and scalar functions Triton lacks.
+"""@triton.jit helpers shared by the row kernels: where a row's aligned part lies, and the exponent of a column.
 
 A row of any vocabulary and stride is cut into   edge | body | edge   so that the body starts at a 16-byte boundary and is a
 whole number of 16-byte vectors.  Without the cut, Triton proves no alignment for an odd vocabulary (50257) or stride and
@@ -34,10 +34,3 @@ def edge_columns(head, body, V, VEC: tl.constexpr):
 def exponent(x, scale2, m2):
     """log2 of a column's share before normalisation: x * scale2 - m2 in one rounding, NaN kept, -inf floored."""
     return tl.maximum(tl.fma(x, scale2, -m2), FLOOR, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def one_minus_exp(x):
-    """1 - e^x for x <= 0.  The series is used near 0, where the subtraction would leave no digits of a confident label's gradient."""
-    series = -x * (1.0 + x / 2 * (1.0 + x / 3 * (1.0 + x / 4 * (1.0 + x / 5))))
-    return tl.where(x > -0.1, series, 1.0 - tl.exp2(x * LOG2E))

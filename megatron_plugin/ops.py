@@ -69,6 +69,7 @@ def token_loss(
     loss_sum: 0-d with gradient, sum of coefficient x loss over live tokens.  num_tokens: 0-d int32, live tokens.  metric_sums: 0-d sums
     over live tokens.  per_token: detached tensors of labels' shape.  Nothing here waits for the GPU.
     """
+    loss = bind(loss)
     labels = _checked_labels(logits, labels)
     inputs = _checked_inputs(inputs, labels)
     if inputs.coefficient is not None:
@@ -79,7 +80,7 @@ def token_loss(
     stats = shard_token_stats(logits, labels, shard, merge=merge_over(tp_group, shard, logits.shape[-1]), overwrite_logits=overwrite_logits)
     flat = TokenStats(*(x.view(-1) for x in stats))
     live = labels.view(-1) != ignore_index
-    out = evaluate_loss(bind(loss).for_vocabulary(shard.vocab_size), flat, inputs.map(lambda x: x.reshape(-1)), live)
+    out = evaluate_loss(loss.for_vocabulary(shard.vocab_size), flat, inputs.map(lambda x: x.reshape(-1)), live)
     return out._replace(per_token=PerToken(*(x.view(labels.shape) for x in out.per_token)))
 
 

@@ -5,7 +5,7 @@ import warnings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402
+import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
 
     install()
 
-import pytest  # noqa: E402
+import pytest
 
 warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
 

@@ -27,7 +27,7 @@ def bind(loss: str | Callable | TokenLoss, /, **params: float | Tensor) -> Token
 
     loss: a name of LOSSES, a dotted path 'package.module.function', a function, or a TokenLoss whose parameters are to be changed.
     params: its keyword parameters, numbers or 0-d tensors; `entropy_bonus` and `z_loss` (coefficients) go with every loss.
-    A function of yours is tried on made-up tokens to learn whether it is token-local, which costs some milliseconds: bind once, not per step.
+    A function of yours is tried on made-up tokens to learn whether it is token-local, which costs milliseconds: bind once, not per step.
     ValueError for an unknown loss or parameter, a missing or impossible one, and a function that does not return one value per token.
     """
     found = _find(loss)

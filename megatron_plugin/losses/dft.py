@@ -12,15 +12,15 @@ def dft(stats: TokenStats, inputs: TokenInputs) -> TokenTerms:
     """DFT, -sg(p) log p: SFT's gradient without its 1/p importance weight (arXiv 2508.05629, eq. 9).
 
     [T] nats.  The gradient is that of -p.  Differentiating the weight too would turn its sign where p < 1/e.
-    The paper's trainer takes p from a second softmax, averages micro-batch means instead of tokens, and its sequence-parallel branch forgets
-    p altogether (it is plain SFT): none of that is copied.
+    The paper's trainer takes p from a second softmax, averages micro-batch means instead of tokens, and its sequence-parallel branch
+    forgets p altogether (it is plain SFT): none of that is copied.
     """
     weight_T = stats.logp.detach().exp()
     return TokenTerms(loss=weighted_nll(weight_T, stats.logp), weight=weight_T)
 
 
 def sft_is(stats: TokenStats, inputs: TokenInputs) -> TokenTerms:
-    """CHORD's importance-sampling baseline, -sg(p / p_sample) log p (arXiv 2508.11408, eq. 4): exactly `dft`, since p_sample is taken as 1."""
+    """CHORD's importance-sampling baseline, -sg(p / p_sample) log p with p_sample = 1, exactly `dft` (arXiv 2508.11408, eq. 4)."""
     return dft(stats, inputs)
 
 

@@ -10,7 +10,7 @@ from megatron_plugin.losses.contract import TokenInputs, TokenStats, TokenTerms
 
 
 def luffy(stats: TokenStats, inputs: TokenInputs, *, gamma: float | Tensor = 0.1) -> TokenTerms:
-    """LUFFY, -A p / (p + gamma): the importance ratio of a demonstration (its own policy taken as 1), shaped (ElliottYan/LUFFY, `p_div_p_0.1`).
+    """LUFFY, -A p / (p + gamma): the ratio of a demonstration, its own policy taken as 1, shaped (ElliottYan/LUFFY, `p_div_p_0.1`).
 
     [T], no unit.  Differentiated through p on purpose, dF/dlogp = -A gamma p / (p + gamma)^2: there is no weight to detach, so `weight`
     is None.  A is inputs.advantage, 1 without it.  ValueError for gamma <= 0 (at 0 the loss is constant and nothing would be learnt).

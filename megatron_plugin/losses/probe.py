@@ -17,7 +17,7 @@ __all__ = ["check_once", "is_token_local"]
 SPLITS = ((1, 1), (1, 6), (7, 1), (9, 24))
 """Sizes of x and y.  A part of one token is its own mean, quantile and first of a cumsum, which the whole is not; 24 tokens hold groups."""
 RTOL, ATOL = 4e-6, 1e-6
-"""fp32: vector and scalar forms of exp differ by some 1e-7; an effect of the neighbours below this is below fp32's own rounding of a loss."""
+"""fp32: vector and scalar forms of exp differ by some 1e-7.  An effect of the neighbours smaller than this is rounding too."""
 VOCABULARY = 1000
 
 
@@ -77,8 +77,8 @@ class _Raised(Exception):
     """The user's function raised; its own error is the cause."""
 
 
-def _evaluate(loss: TokenLoss, stats: TokenStats, inputs: TokenInputs) -> Tensor:
-    """[5, T]: loss, weight, and the derivatives of the summed loss by logp, entropy, lse.  TermsError for what is not a loss."""
+def _evaluate(loss: TokenLoss, stats: TokenStats, inputs: TokenInputs, upstream_T: Tensor) -> Tensor:
+    """[5, T]: loss, weight, and the derivatives of sum(upstream x loss) by logp, entropy, lse.  TermsError for what is not a loss."""
     leaves = TokenStats(*(column.clone().requires_grad_() for column in stats))
     try:
         terms = loss(leaves, inputs)
@@ -87,7 +87,7 @@ def _evaluate(loss: TokenLoss, stats: TokenStats, inputs: TokenInputs) -> Tensor
                 f"loss '{loss.name}' depends on none of stats.logp, stats.entropy and stats.lse: it would train nothing; "
                 "detach the weight, not the loss"
             )
-        slopes = torch.autograd.grad(terms.loss.sum(), leaves, allow_unused=True, materialize_grads=True)
+        slopes = torch.autograd.grad((upstream_T * terms.loss).sum(), leaves, allow_unused=True, materialize_grads=True)
     except TermsError:
         raise
     except Exception as error:
@@ -100,8 +100,10 @@ def _agrees(loss: TokenLoss, first: int, second: int, *, bare: bool = False) -> 
     stats, inputs = _plausible(first + second)
     if bare:
         inputs = TokenInputs()
-    whole = _evaluate(loss, stats, inputs)
-    parts = [_evaluate(loss, *_part(stats, inputs, part)) for part in (slice(first), slice(first, None))]
+    # unequal: under equal ones the gradient of a mean over the tokens is 1 each, however many they are
+    upstream_T = torch.linspace(0.5, 1.5, first + second, device="cpu", dtype=torch.float32)
+    whole = _evaluate(loss, stats, inputs, upstream_T)
+    parts = [_evaluate(loss, *_part(stats, inputs, part), upstream_T[part]) for part in (slice(first), slice(first, None))]
     # all NaN agrees with all NaN and proves nothing
     return bool(whole[0].isfinite().any()) and torch.allclose(whole, torch.cat(parts, dim=1), rtol=RTOL, atol=ATOL, equal_nan=True)
 
@@ -133,8 +135,8 @@ def is_token_local(loss: TokenLoss) -> bool:
     """True when every try agrees; some milliseconds.  A loss that raises on made-up tokens is taken as not token-local, with a warning.
 
     With all inputs given, and with none where the loss can do without.  It is a test, not a proof: a loss that looks at its neighbours
-    only from 34 tokens on, or only for values that were not tried, passes.  TermsError, a ValueError, when what comes back is not TokenTerms
-    of one value per token.
+    only from 34 tokens on, or only for values that were not tried, passes.  TermsError, a ValueError, when what comes back is not
+    TokenTerms of one value per token.
     """
     tried = _on_cpu(loss)
     # fork_rng: a loss that draws random numbers must not move the training run's generator

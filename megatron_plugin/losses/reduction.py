@@ -44,7 +44,8 @@ def reduce_terms(stats: TokenStats, terms: TokenTerms, inputs: TokenInputs, live
     """Sum `terms` over the tokens where `live` ([T] bool) is true.
 
     Rows that are not live add exactly 0 to every sum whatever their terms, coefficient or statistics hold, and send exactly 0 back into
-    `terms.loss`.  With no live token the sum is 0 and still has its gradient edge, so that collectives in the backward are met by every rank.
+    `terms.loss`.  With no live token the sum is 0 and keeps its gradient edge, so that every rank meets the
+    collectives of the backward.
     """
     check_terms(terms, live.shape)
     # where, before the product: 0 * NaN is NaN, in the value and again in the backward

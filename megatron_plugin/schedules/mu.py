@@ -8,7 +8,7 @@ from typing import Any
 __all__ = ["MU_PRESETS", "mu_schedule"]
 
 MU_PRESETS: dict[str, dict[str, Any]] = {
-    # CHORD-mu, token loss sft: the comments of Trinity's yaml and ms-swift's example.  The paper's A.1 decays over 30 steps, its Fig. 7 over 200.
+    # CHORD-mu, token loss sft: the comments of Trinity's yaml, ms-swift's example.  The paper decays over 30 steps in A.1, 200 in Fig. 7.
     "mu": {"warmup_steps": 0, "decay_steps": 200, "peak": 0.9, "valley": 0.05},
     # CHORD-phi, token loss chord_phi: mu is constant.
     "phi": {"warmup_steps": 0, "decay_steps": 0, "peak": 0.1, "valley": 0.1},

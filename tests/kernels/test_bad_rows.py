@@ -108,13 +108,13 @@ def test_all_rows_masked(backend, device):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_offsets_past_two_to_the_31(backend, device):
-    """The second row starts 2^31 + 64 elements into the buffer: 32-bit offsets would read and write the wrong memory."""
-    V, stride = 300, 2**31 + 64
-    buffer = torch.empty(stride + V, dtype=torch.bfloat16, device=device)  # 4 GiB of address space; two rows are touched
-    logits = buffer.as_strided((2, V), (stride, 1))
-    values = (torch.randn(2, V) * 3).bfloat16().to(device)
+    """The third row starts 2^31 + 128 elements into the buffer, though its stride fits 32 bits: a 32-bit product would wrap."""
+    V, stride = 300, 2**30 + 64
+    buffer = torch.empty(2 * stride + V, dtype=torch.bfloat16, device=device)  # 4 GiB of address space; three rows are touched
+    logits = buffer.as_strided((3, V), (stride, 1))
+    values = (torch.randn(3, V) * 3).bfloat16().to(device)
     logits.copy_(values)
-    labels, grads = torch.tensor([3, 299], device=device), torch.ones(2, 3, device=device)
+    labels, grads = torch.tensor([3, 299, 150], device=device), torch.ones(3, 3, device=device)
     small = run(backend, values, labels, grads)
     stats, grad = run(backend, logits, labels, grads, overwrite=True)
     assert torch.equal(stats.logp, small[0].logp) and torch.equal(grad, small[1])

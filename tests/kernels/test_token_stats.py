@@ -120,6 +120,22 @@ def test_gradient_rows_sum_to_dlse(backend, device):
     torch.testing.assert_close(grad.cpu().double().sum(1), grads[:, 2].double(), atol=5e-6, rtol=0)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gradient_of_a_confident_label_keeps_its_digits(backend, dtype, device):
+    """a (1 - p) for p from 0.94 to 0.99999.  Formed in bf16 as p - 1, it is 17 % off at 0.99 and 0 from 0.999 on.  DFT lives on such tokens."""
+    lead = torch.tensor([8.5, 10.0, 12.0, 14.0, 17.0])
+    logits, labels = torch.zeros(5, 300), torch.full((5,), 5)
+    logits[:, 5] = lead
+    logits = logits.to(dtype)
+    grads = torch.tensor([[-1.0, 0.0, 0.0]] * 5)
+    _, grad = run(backend, logits.to(device), labels.to(device), grads.to(device))
+    truth = grad_reference(logits, labels, grads)
+    assert truth[-1, 5].abs() < 2e-5
+    rounding = 2.0**-8 if dtype == torch.bfloat16 else 0.0
+    torch.testing.assert_close(grad[:, 5].cpu().double(), truth[:, 5], atol=tol.CONFIDENT_LABEL, rtol=rounding)
+
+
 def test_metric_only_use_needs_no_gradient():
     logits, labels = torch.randn(4, 50), torch.randint(0, 50, (4,))
     stats = token_stats(logits, labels, Shard(0, 50, -100, 1.0))

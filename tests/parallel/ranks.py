@@ -11,7 +11,7 @@ def shard_results(group, *, logits, labels, bounds, grads, vocab_size=None, back
     """token_stats on this rank's columns [bounds[r], bounds[r + 1]): (logp, entropy, lse, gradient of its columns)."""
     rank = dist.get_rank(group)
     shard = logits[:, bounds[rank] : bounds[rank + 1]].clone().requires_grad_()
-    equal = len(set(b - a for a, b in zip(bounds, bounds[1:], strict=False))) == 1
+    equal = len({b - a for a, b in zip(bounds, bounds[1:], strict=False)}) == 1
     where = dict(vocab_size=vocab_size) if equal else dict(vocab_start=bounds[rank], vocab_size=vocab_size or bounds[-1])
     with use_backend(backend):
         stats = token_stats(shard, labels, tp_group=group, **where)
@@ -83,3 +83,18 @@ def step_gradient(group, *, micro_batches, weight, expert, rollout, loss, two_so
     for x in (gradient, total, tokens):
         dist.all_reduce(x, group=group)
     return gradient / tokens.clamp(min=1), total / tokens.clamp(min=1)
+
+
+def readme_loss_func(group, *, source, logits, labels, loss_mask):
+    """Run the README's loss_func as written, on megatron-core's own TP2 x DP2 groups: (loss_sum, num_tokens, report)."""
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    try:
+        namespace = {}
+        exec(source, namespace)
+        shard = logits.chunk(2, -1)[parallel_state.get_tensor_model_parallel_rank()]
+        loss_sum, num_tokens, report = namespace["loss_func"](labels, loss_mask, shard)
+        return float(loss_sum), int(num_tokens), {k: float(v) for k, v in report.items()}
+    finally:
+        parallel_state.destroy_model_parallel()

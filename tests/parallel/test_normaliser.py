@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_plugin.kernels.reference import token_stats_reference
-from megatron_plugin.parallel.normaliser import Source, StepCounts, StepMask, SourceCount, coefficients, count_step, divisor
+from megatron_plugin.parallel.normaliser import Source, SourceCount, StepCounts, StepMask, coefficients, count_step, divisor
 from tests.spawn import on_ranks
 
 H, V, S = 8, 50, 12  # hidden, vocabulary, positions per sequence

@@ -1,0 +1,136 @@
+"""Plant one-line faults in a copy of the tree; the test named for each must fail.  A fault that survives is a hole in the suite.
+
+    python tests/mutants.py [word ...]        only faults whose name holds a word; writes the table tests/MUTANTS.md when all were run
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+KEEP = ("kernels", "megatron_plugin", "tests", "examples", "configs", "pyproject.toml", "README.md", "requirements")
+WORKERS = 2
+TIMEOUT_S = 400
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    """What went wrong, as one would say it in a post-mortem."""
+    file: str
+    old: str
+    new: str
+    killer: str
+    """pytest selection that must fail."""
+
+
+OPS, STATS, BAD = "tests/test_ops.py", "tests/kernels/test_token_stats.py", "tests/kernels/test_bad_rows.py"
+VOCAB, NORMALISER, OFFLINE = "tests/parallel/test_vocab.py", "tests/parallel/test_normaliser.py", "tests/kernels/test_compiled_offline.py"
+LOSSES = "tests/losses"
+
+MUTANTS = [
+    Mutant("DFT's weight is differentiated", "megatron_plugin/losses/dft.py", "weight_T = stats.logp.detach().exp()", "weight_T = stats.logp.exp()", LOSSES),
+    Mutant("CHORD's weight is p instead of p(1 - p)", "megatron_plugin/losses/chord.py", " * -torch.expm1(logp_T)", "", LOSSES),
+    Mutant("CHORD's 1 - p cancels", "megatron_plugin/losses/chord.py", "-torch.expm1(logp_T)", "(1 - logp_T.exp())", LOSSES),
+    Mutant("LUFFY's shaping is detached", "megatron_plugin/losses/luffy.py", "torch.sigmoid(stats.logp -", "torch.sigmoid(stats.logp.detach() + 0 * stats.logp -", LOSSES),
+    Mutant("GRPO clips A > 0 from below", "megatron_plugin/losses/grpo.py", "ratio_T.clamp(max=1 + clip_high))", "ratio_T.clamp(1 - clip_low, 1 + clip_high))", LOSSES),
+    Mutant("SRFT's entropy sign is the released code's", "megatron_plugin/losses/srft.py", "entropy_sign: float | Tensor = -1.0", "entropy_sign: float | Tensor = 1.0", LOSSES),
+    Mutant("mu is off by one step", "megatron_plugin/schedules/mu.py", "(step - warmup_steps) / decay_steps", "(step + 1 - warmup_steps) / decay_steps", "tests/schedules"),
+    Mutant("masked tokens reach the sum through NaN inputs", "megatron_plugin/losses/reduction.py", "loss_T = torch.where(live, terms.loss, 0.0)", "loss_T = terms.loss * live", OPS),
+    Mutant("EAFT divides by the padded vocabulary", "megatron_plugin/ops.py", "for_vocabulary(shard.vocab_size)", "for_vocabulary(logits.shape[-1])", OPS),
+    Mutant("a coefficient of 0 does not mask the row", "megatron_plugin/ops.py", "labels.masked_fill(inputs.coefficient == 0, ignore_index)", "labels", OPS),
+    Mutant("logp formed as z - lse in fp32", "kernels/partials.py", "LN2 * (z_T * shard.scale2(work) - m2_T - log2_s_T)",
+           "(z_T.float() * (shard.scale2(work) * LN2) - (LN2 * (m2_T + log2_s_T)).float()).double()", STATS),
+    Mutant("the label is scaled by another rounding of log2 e than the row", "kernels/partials.py", "shard.scale2(work)", "shard.scale2(torch.float64)", STATS),
+    Mutant("a stray label is -inf", "kernels/partials.py", "masked_fill(shard.stray(labels_T), math.nan)", "masked_fill(shard.stray(labels_T), -math.inf)", BAD),
+    Mutant("t is not re-centred when shards merge", "kernels/partials.py", "(t_RT + shift_RT * LN2 * s_RT)", "t_RT", VOCAB),
+    Mutant("t is not re-centred when the maximum moves (Triton)", "kernels/stats.py", "t = (t + s * shift) * rescale", "t = t * rescale", STATS),
+    Mutant("NaN logits are dropped by the clamp", "kernels/row.py", ", propagate_nan=tl.PropagateNan.ALL", "", OFFLINE),
+    Mutant("row offsets are 32-bit", "kernels/stats.py", "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)", BAD),
+    Mutant("logits are loaded at any alignment", "kernels/stats.py", "tl.multiple_of(first + head, VEC)", "(first + head)", OFFLINE),
+    Mutant("the gradient forgets the temperature", "kernels/grad.py", "p_scale = inv_temperature / s", "p_scale = 1.0 / s", STATS),
+    Mutant("the label's column is rounded to bf16 before the 1 is added", "kernels/grad.py", "(a * (1.0 - p) + spread)",
+           "(a * (1.0 - p.to(tl.bfloat16).to(tl.float32)) + spread)", STATS),
+    Mutant("a dead row is multiplied by 0, not written as 0", "kernels/eager.py", "dx.masked_fill_(dead_T[tile_rows, None], 0.0)", "(dx * ~dead_T[tile_rows, None])", BAD),
+    Mutant("padded columns enter the sum", "kernels/layout.py", "return max(0, min(logits.shape[1], self.vocab_size - self.vocab_start))", "return logits.shape[1]", VOCAB),
+    Mutant("shards that overlap go unnoticed", "megatron_plugin/parallel/vocab.py", "fits = (start_R == ends_R - columns_R).all() & ", "fits = ", VOCAB),
+    Mutant("counts of one rank", "megatron_plugin/parallel/normaliser.py", "all_reduce_sum(local, group).tolist()", "local.tolist()", NORMALISER),
+    Mutant("a sequence's length is divided out twice", "megatron_plugin/parallel/normaliser.py", "mask.sequence_tokens.double().reciprocal() / count.sequences",
+           "mask.sequence_tokens.double().reciprocal() / count.tokens", NORMALISER),
+    Mutant("N counts a source without a share", "megatron_plugin/parallel/normaliser.py", "(counts.expert.tokens if expert.share else 0)", "counts.expert.tokens", NORMALISER),
+]
+
+
+def _copy() -> Path:
+    copy = Path(tempfile.mkdtemp(prefix="mutant-"))
+    for name in KEEP:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        elif source.exists():
+            shutil.copy(source, copy / name)
+    return copy
+
+
+def _pytest(tree: Path, selection: str) -> subprocess.CompletedProcess:
+    env = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *selection.split()]
+    return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=TIMEOUT_S)
+
+
+def _failed_test(output: str) -> str | None:
+    return next((line.split(" - ")[0].split(" ", 1)[1] for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))), None)
+
+
+def run(mutant: Mutant) -> str | None:
+    """The test that killed the mutant, or None if it survived.  AssertionError when the fault cannot be planted."""
+    tree = _copy()
+    try:
+        target = tree / mutant.file
+        text = target.read_text()
+        assert text.count(mutant.old) >= 1, f"{mutant.name}: {mutant.file} no longer holds {mutant.old!r}"
+        target.write_text(text.replace(mutant.old, mutant.new))
+        result = _pytest(tree, mutant.killer)
+        return _failed_test(result.stdout) if result.returncode == 1 else None
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        shutil.rmtree(tree)
+
+
+def _table(rows: list[tuple[Mutant, str]]) -> str:
+    lines = ["# Planted faults and the test that catches each", "", "Written by `make test-mutants`.", "", "| fault | planted in | killed by |", "|---|---|---|"]
+    return "\n".join(lines + [f"| {m.name} | {m.file} | `{killer.split('[')[0]}` |" for m, killer in rows]) + "\n"
+
+
+def main(words: list[str]) -> int:
+    chosen = [m for m in MUTANTS if not words or any(w in m.name for w in words)]
+    tree = _copy()
+    where = subprocess.run([sys.executable, "-c", "import megatron_plugin; print(megatron_plugin.__file__)"], cwd=tree, text=True,
+                           env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True, check=True).stdout
+    assert str(tree) in where, f"the copy is not what is imported: {where}"
+    selections = sorted({m.killer for m in chosen})
+    clean = _pytest(tree, " ".join(selections))
+    shutil.rmtree(tree)
+    if clean.returncode != 0:
+        print(f"without any fault {_failed_test(clean.stdout)} fails: nothing can be learnt\n{clean.stdout[-2000:]}")
+        return 1
+    with ThreadPoolExecutor(WORKERS) as pool:
+        killers = []
+        for mutant, killer in zip(chosen, pool.map(run, chosen), strict=True):
+            killers.append(killer)
+            print(f"{'killed  ' if killer else 'SURVIVED'}  {mutant.name}  {killer or mutant.killer}", flush=True)
+    survivors = sum(killer is None for killer in killers)
+    print(f"{len(chosen) - survivors} of {len(chosen)} killed")
+    if not words and not survivors:
+        (ROOT / "tests" / "MUTANTS.md").write_text(_table(list(zip(chosen, killers, strict=True))))
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -21,7 +21,7 @@ test-mutants: setup
 	$(PY) tests/mutants.py
 
 demo: setup
-	$(PY) -m torch.distributed.run --standalone --nproc-per-node 2 examples/megatron_core_dft.py --tp 2 --loss dft --steps 60
+	$(PY) examples/demo.py
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -1,6 +1,7 @@
 """Run a function on N gloo ranks.  The rank processes are started once per test session and reused: torch's import costs seconds.
 
     results = on_ranks(3, "tests.parallel.ranks", "logp_of_shard", V=5003)       # [result of rank 0, 1, 2]
+    results = on_world(2, "tests.trainer.ranks", "train", ...)                  # the same where the whole world must be 2 ranks
 
 The function takes (group, **arguments), lives in an importable module without tests and returns something picklable.
 """
@@ -22,7 +23,7 @@ WORLD = 4
 TIMEOUT_S = 120
 
 
-def _serve(rank: int, store: str, pipe) -> None:
+def _serve(rank: int, world: int, store: str, pipe) -> None:
     """A rank: joins the world, then answers requests until the pipe closes."""
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.path.append(ROOT)
@@ -30,13 +31,15 @@ def _serve(rank: int, store: str, pipe) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=TIMEOUT_S))
-    groups = {n: dist.new_group(list(range(n)), timeout=timedelta(seconds=TIMEOUT_S)) for n in range(1, WORLD + 1)}
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT_S))
+    groups = {n: dist.new_group(list(range(n)), timeout=timedelta(seconds=TIMEOUT_S)) for n in range(1, world + 1)}
     while True:
         try:
             size, module, function, arguments = pipe.recv()
         except EOFError:
-            return
+            for child in mp.active_children():  # megatron-core's checkpoint writer leaves one
+                child.terminate()
+            os._exit(0)  # the session is over; leaving a process group whose peers are gone can hang
         try:
             pipe.send((True, getattr(importlib.import_module(module), function)(groups[size], **arguments)))
         except BaseException as error:
@@ -44,14 +47,14 @@ def _serve(rank: int, store: str, pipe) -> None:
 
 
 @cache
-def _pool():
+def _pool(world: int):
     context = mp.get_context("spawn")
     store = tempfile.NamedTemporaryFile(delete=False, prefix="ranks").name
     os.unlink(store)
     pipes = []
-    for rank in range(WORLD):
+    for rank in range(world):
         ours, theirs = context.Pipe()
-        context.Process(target=_serve, args=(rank, store, theirs), daemon=True).start()
+        context.Process(target=_serve, args=(rank, world, store, theirs)).start()  # not a daemon: megatron-core's checkpoint writer has children
         theirs.close()
         pipes.append(ours)
     atexit.register(lambda: [pipe.close() for pipe in pipes])
@@ -59,8 +62,17 @@ def _pool():
 
 
 def on_ranks(size: int, module: str, function: str, **arguments) -> list:
-    """Results of `function(group, **arguments)` on ranks 0..size-1.  RuntimeError with the rank's traceback if one fails."""
-    pipes = _pool()[:size]
+    """Results of `function(group, **arguments)` on ranks 0..size-1 of a world of four.  RuntimeError with the rank's traceback if one fails."""
+    return _ask(_pool(WORLD)[:size], module, function, arguments)
+
+
+def on_world(size: int, module: str, function: str, **arguments) -> list:
+    """The same in a world of exactly `size` ranks, for code that uses the default process group."""
+    return _ask(_pool(size), module, function, arguments)
+
+
+def _ask(pipes: list, module: str, function: str, arguments: dict) -> list:
+    size = len(pipes)
     for pipe in pipes:
         pipe.send((size, module, function, arguments))
     answers = []

@@ -10,9 +10,9 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from megatron_plugin.losses.contract import TermsError, TokenInputs, TokenLoss, TokenStats
+from megatron_plugin.losses.contract import BASE_METRICS, TermsError, TokenInputs, TokenLoss, TokenStats
 
-__all__ = ["check_once", "is_token_local"]
+__all__ = ["check_once", "is_token_local", "metric_names"]
 
 SPLITS = ((1, 1), (1, 6), (7, 1), (9, 24))
 """Sizes of x and y.  A part of one token is its own mean, quantile and first of a cumsum, which the whole is not; 24 tokens hold groups."""
@@ -151,3 +151,14 @@ def is_token_local(loss: TokenLoss) -> bool:
         stacklevel=3,
     )
     return False
+
+
+def metric_names(loss: TokenLoss) -> list[str]:
+    """Names of what `loss` reports when it is given no inputs beside a coefficient, "lm loss" included.
+
+    ValueError where the loss needs more (an advantage, say): supervised training has none to give.
+    """
+    stats, _ = _plausible(3)
+    with torch.no_grad():
+        terms = _on_cpu(loss)(stats, TokenInputs(coefficient=torch.ones(3)))
+    return ["lm loss", *(name for name in BASE_METRICS if name != "loss"), *terms.metrics]

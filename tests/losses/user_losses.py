@@ -172,3 +172,8 @@ class Focal:
 
 
 focal = Focal(2)
+
+
+def becomes_nan(stats, inputs):
+    """NaN on improbable tokens: all those of an untrained model."""
+    return TokenTerms(loss=torch.where(stats.logp < -5, torch.nan, -stats.logp))

@@ -1,0 +1,174 @@
+"""The command `megatron-plugin`, and what torchrun starts:
+
+    torchrun --nproc-per-node 4 -m megatron_plugin.cli train configs/dft.yaml parallel.tensor=2 data.train=x.jsonl
+
+Nothing heavy is imported before the arguments and the configuration are known to be right.  Exit codes: 0 done, 2 configuration, 3 no
+usable checkpoint, 4 data, 5 rollouts exhausted, 17 validation failed, 143 preempted after saving, 1 anything else.  An exception with an
+attribute `exit_code` is the person's to mend: one message, no traceback.  (torchrun itself exits with 1 whatever its ranks exit with, and
+prints theirs.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_plugin import __version__  # no torch behind it
+
+__all__ = ["main"]
+
+USAGE_ERROR = 2
+# Seconds a rank waits before it speaks about an error that every rank is likely to have met.  torchrun ends it meanwhile, because rank 0
+# has spoken and exited; if not, the error is this rank's alone, or this is another node.  With the 30 s torchrun gives the ranks it ends,
+# that stays below a minute.
+WAIT_LOCAL_ZERO, WAIT_OTHERS = 5.0, 10.0
+WAIT_LOST_PEER = 3.0
+# What gloo, NCCL and the store say when another rank is gone: consequences, whose cause may be about to be reported.
+LOST_PEER = ("closed by peer", "reset by peer", "Broken pipe", "NCCL", "DistBackendError", "DistNetworkError", "gloo/")
+
+
+class UsageError(Exception):
+    """The command line does not parse."""
+
+    exit_code = USAGE_ERROR
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises, so that a usage error under torchrun is printed by one rank like every other."""
+
+    def error(self, message: str) -> NoReturn:
+        hint = "; overrides are written key=value without dashes, such as train.steps=20" if "unrecognized arguments: -" in message else ""
+        raise UsageError(f"{message}{hint}\n{self.format_usage().rstrip()}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; a SystemExit of the command itself goes through."""
+    try:
+        arguments = _parser().parse_args(argv)
+        arguments.run(arguments)
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        return _leave(_exit_code(error), error)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="megatron-plugin",
+        description="Fine-tune with weighted on-policy-SFT losses on megatron-core.",
+        epilog="exit codes: 0 done, 2 configuration, 3 no usable checkpoint, 4 data, 1 anything else",
+    )
+    parser.add_argument("--version", action="version", version=f"megatron-plugin {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+
+    text = "Fine-tune as a configuration says.  With more than one rank: torchrun --nproc-per-node N -m megatron_plugin.cli train ..."
+    train = commands.add_parser("train", help="fine-tune as a configuration says", description=text)
+    _add_config(train)
+    train.set_defaults(run=_train)
+
+    config = commands.add_parser("config", help="look at a configuration", description="Look at a configuration.")
+    actions = config.add_subparsers(title="actions", metavar="ACTION", required=True, parser_class=Parser)
+    text = "Print the whole configuration as YAML, with the origin of what is not a default.  WORLD_SIZE=N checks it for N ranks."
+    show = actions.add_parser("show", help="the resolved configuration, with where each value comes from", description=text)
+    _add_config(show)
+    show.set_defaults(run=_show)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/dft.yaml")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="dotted keys that replace values of the file: train.steps=20")
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from megatron_plugin.config import load_config
+    from megatron_plugin.config.checks import check_files
+
+    config = load_config(arguments.config, arguments.overrides, world_size=_int_variable("WORLD_SIZE", 1))
+    check_files(config)
+    from megatron_plugin.trainer.loop import train
+
+    train(config)
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    from megatron_plugin.config import load_config, to_yaml
+
+    ranks = _int_variable("WORLD_SIZE", 0)
+    print(to_yaml(load_config(arguments.config, arguments.overrides, world_size=ranks or None)), end="")
+
+
+def _int_variable(name: str, default: int) -> int:
+    value = os.environ.get(name, "") or str(default)
+    if not value.isdecimal():
+        raise UsageError(f"environment variable {name}: got {value!r}, expected a whole number (torchrun sets it)")
+    return int(value)
+
+
+def _exit_code(error: Exception) -> int | None:
+    """The code an error asks for; None for one that is not the person's to mend."""
+    code = getattr(error, "exit_code", None)
+    return code if isinstance(code, int) else None
+
+
+def _leave(code: int | None, error: Exception) -> int:
+    """Says what happened, once per job, and returns the exit code (under torchrun: ends the process with it)."""
+    expected = code is not None
+    code = 1 if code is None else code
+    text = f"megatron-plugin: error: {error}" if expected else "".join(traceback.format_exception(error)).rstrip()
+    if "RANK" not in os.environ:
+        print(text, file=sys.stderr)
+        return code
+    # A handler of the trainer (preemption) must not keep alive a rank that is only waiting to be ended.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    rank = os.environ["RANK"]
+    first = _is_first(expected, error)
+    if first:
+        print(text if expected and rank == "0" else f"rank {rank}: {text}", file=sys.stderr, flush=True)
+        _tell_torchrun(text)
+    elif not expected:
+        print(f"rank {rank}: failed after another rank, with {type(error).__name__}", file=sys.stderr, flush=True)
+        # Had we exited before the first rank, torchrun might name us as the root cause.  It ends us as soon as that one has exited.
+        time.sleep(WAIT_OTHERS)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # not sys.exit: leaving a process group whose other members hang can hang too, in its destructor
+
+
+def _is_first(expected: bool, error: Exception) -> bool:
+    """Whether this rank is the one that speaks; waits where another is likelier to know more."""
+    if expected and os.environ["RANK"] != "0":
+        time.sleep(WAIT_LOCAL_ZERO if os.environ.get("LOCAL_RANK") == "0" else WAIT_OTHERS)
+    elif not expected and any(sign in f"{type(error).__name__}: {error}" for sign in LOST_PEER):
+        time.sleep(WAIT_LOST_PEER)
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return not own or not any(path != Path(own) for path in Path(own).parent.parent.glob("*/error.json"))
+
+
+def _tell_torchrun(text: str) -> None:
+    """torchrun prints the earliest of these files as "Root Cause" when it ends: the first traceback is also the last thing on the terminal.
+
+    The format of torch.distributed.elastic.multiprocessing.errors.ErrorHandler, written here because importing torch takes seconds."""
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not own:
+        return
+    message = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
+    try:
+        temporary = Path(f"{own}.tmp")
+        temporary.write_text(json.dumps({"message": message}))
+        temporary.replace(own)  # complete or not there: a torn file makes torchrun itself fail
+    except OSError as error:
+        print(f"cannot write {own}: {error.strerror}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

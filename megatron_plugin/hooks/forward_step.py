@@ -1,0 +1,115 @@
+"""Our losses as megatron-core's `loss_func`, and the means of what it reports.
+
+    loss_func = make_loss_func("dft", config, vocab_size=151936)
+
+    def forward_step(data_iterator, model):
+        batch = next(data_iterator)
+        logits = model(batch["tokens"], batch["position_ids"], None)          # no labels: [b, s, V/tp] comes back
+        return logits, partial(loss_func, labels=batch["labels"], loss_mask=batch["loss_mask"])
+
+Normalisation (DESIGN.md 4): the local (sum, count) is returned, megatron-core sums the counts over micro-batches, DP and CP and divides the
+gradient once, in finalize_model_grads.  Nothing of ours is all-reduced, and every token of the step weighs the same in every layout.
+b sequences of a micro-batch, s tokens of a sequence, V/tp columns of the vocabulary on this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+from torch import distributed as dist
+
+from megatron_plugin.losses.binding import bind
+from megatron_plugin.losses.contract import TokenInputs, TokenLoss
+from megatron_plugin.ops import token_loss
+
+__all__ = ["make_loss_func", "token_means"]
+
+LossFunc = Callable[..., tuple[Tensor, Tensor, dict[str, Tensor]]]
+
+
+def make_loss_func(
+    loss: str | Callable | TokenLoss,
+    config: TransformerConfig,
+    *,
+    vocab_size: int,
+    tp_group: dist.ProcessGroup | None = None,
+    temperature: float = 1.0,
+    overwrite_logits: bool = False,
+    **params: float | Tensor,
+) -> LossFunc:
+    """A megatron-core loss_func for any loss of LOSSES, a dotted path to your own, or a function.
+
+    loss_func(logits, *, labels, loss_mask=None, inputs=None) -> (loss sum, num_tokens, report):
+      logits [b, s, V/tp], what GPTModel(parallel_output=True) returns without labels; labels [b, s], already shifted; loss_mask [b, s],
+      0 takes a token out of everything; inputs: TokenInputs with fields of [b, s], for the losses that need them
+      loss sum: 0-d with gradient; num_tokens: 0-d int32, the live tokens; report: {name: [sum, num_tokens]}, Megatron's convention, for
+      "lm loss" (the loss as trained) and nll, token_prob, entropy, weight, ... (nats; plain means over tokens, whatever the loss)
+
+    `vocab_size` is the true vocabulary: columns at or beyond it are padding.  `tp_group` defaults to megatron-core's.  `params` are the
+    loss's own parameters.  ValueError when `config` would make megatron-core normalise in another way.
+    """
+    _check(config)
+    tp_group = parallel_state.get_tensor_model_parallel_group() if tp_group is None else tp_group
+    if tp_group.size() != config.tensor_model_parallel_size:
+        raise ValueError(
+            f"got a tp_group of {tp_group.size()} ranks, expected tensor_model_parallel_size={config.tensor_model_parallel_size}; "
+            "pass the group the model was built with"
+        )
+    bound = bind(loss, **params)
+    options = {"tp_group": tp_group, "vocab_size": vocab_size, "temperature": temperature, "overwrite_logits": overwrite_logits}
+
+    def loss_func(logits: Tensor, *, labels: Tensor, loss_mask: Tensor | None = None, inputs: TokenInputs | None = None):
+        if torch.is_grad_enabled() and config.finalize_model_grads_func is None:
+            raise ValueError(
+                "got config.finalize_model_grads_func=None, expected a function that divides the gradient by num_tokens: this loss_func "
+                "returns a sum; set it to megatron.core.distributed.finalize_model_grads, or evaluate under torch.no_grad()"
+            )
+        output = token_loss(logits, labels, bound, inputs=_masked(inputs, loss_mask), **options)
+        sums = {"lm loss": output.loss_sum.detach(), **{name: value for name, value in output.metric_sums.items() if name != "loss"}}
+        count = output.num_tokens.float()
+        return output.loss_sum, output.num_tokens, {name: torch.stack([value.float(), count]) for name, value in sums.items()}
+
+    return loss_func
+
+
+def _masked(inputs: TokenInputs | None, loss_mask: Tensor | None) -> TokenInputs:
+    """Megatron's loss_mask is our coefficient: 0 masks the token, any other value weights it."""
+    inputs = TokenInputs() if inputs is None else inputs
+    if loss_mask is None:
+        return inputs
+    return replace(inputs, coefficient=loss_mask if inputs.coefficient is None else inputs.coefficient * loss_mask)
+
+
+def _check(config: TransformerConfig) -> None:
+    if not config.calculate_per_token_loss:
+        # With the flag off, megatron-core averages the means of ranks and micro-batches: 0.86455 instead of 0.86278 in the gradient norm
+        # of two DP ranks with unequal masks (MEGATRON.md 3.3), and Adam with clipping hides it.
+        raise ValueError(
+            "got config.calculate_per_token_loss=False, expected True: with it off, tokens of short sequences weigh more than those of long "
+            "ones; set it in TransformerConfig before DistributedDataParallel is built (--calculate-per-token-loss in Megatron-LM)"
+        )
+    if config.mtp_num_layers:
+        raise ValueError(
+            f"got config.mtp_num_layers={config.mtp_num_layers}, expected None: this loss_func takes logits, so the model is called without "
+            "labels, and then megatron-core's MTP layers get no loss (up to 0.16 they crash)"
+        )
+
+
+def token_means(reports: Sequence[dict[str, Tensor]], *, group: dist.ProcessGroup | None = None) -> dict[str, float]:
+    """Token means of a step from the reports of its micro-batches, summed over `group` (DP with CP): one all-reduce, one host sync.
+
+    Returns {name: mean} and "num_tokens"; {} where there are no reports (every pipeline stage but the last); nan if no token was live."""
+    if not reports:
+        return {}
+    names = list(reports[0])
+    total = torch.stack([torch.stack([report[name] for name in names]) for report in reports]).double().sum(0)  # [names, 2]
+    if group is not None:
+        dist.all_reduce(total, group=group)
+    sums, counts = total.T.tolist()
+    means = {name: value / count if count else float("nan") for name, value, count in zip(names, sums, counts, strict=True)}
+    return means | {"num_tokens": counts[0]}

@@ -1,0 +1,110 @@
+"""From the `data` section to tokenizer, training rows and held-out sets: the same on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_plugin.config import Config
+from megatron_plugin.data import (
+    BadLines,
+    Conversation,
+    PackedRows,
+    encode_all,
+    load_tokenizer,
+    pack_samples,
+    pad_id,
+    read_conversations,
+    train_tokenizer,
+    true_vocab_size,
+    write_arithmetic,
+)
+
+__all__ = ["Datasets", "EvalSet", "prepare_datasets"]
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    name: str
+    rows: PackedRows
+    conversations: Sequence[Conversation]
+
+
+@dataclass(frozen=True)
+class Datasets:
+    tokenizer: object
+    vocab_size: int
+    """True size, before padding."""
+    train: PackedRows
+    evals: Sequence[EvalSet]
+    bad_lines: BadLines
+
+
+def prepare_datasets(config: Config, run_dir: Path, init_dir: Path | None) -> Datasets:
+    """Read, tokenise and pack everything.  Rank 0 alone writes (embedded problems, a tokenizer trained on the spot); the others wait.
+
+    `init_dir`: the run whose weights are taken over; its tokenizer is used unless the configuration names one.
+    """
+    train_files, eval_files = _files(config, run_dir)
+    bad_lines = BadLines(config.data.on_bad_line, config.data.max_bad_fraction)
+    train = _read(config, train_files, bad_lines)
+    tokenizer = _tokenizer(config, run_dir, init_dir, train)
+    data = config.data
+    rows = pack_samples(
+        encode_all(train, tokenizer, bad_lines), data.seq_length, pad_id=pad_id(tokenizer), packing=data.packing, overlong=data.overlong,
+        bad_lines=bad_lines,
+    )  # fmt: skip
+    evals = [_eval_set(config, name, path, tokenizer) for name, path in eval_files.items()]
+    return Datasets(tokenizer, true_vocab_size(tokenizer), rows, evals, bad_lines)
+
+
+def _files(config: Config, run_dir: Path) -> tuple[list[Path], dict[str, Path]]:
+    """Training files and held-out files by name; the embedded problems where the configuration names none."""
+    evals = {Path(path).stem if len(config.data.eval) > 1 else "heldout": Path(path) for path in config.data.eval}
+    if config.data.train:
+        return [Path(path) for path in config.data.train], evals
+    if _is_leader():
+        write_arithmetic(run_dir / "data", config.seed, filler=config.data.filler)
+    dist.barrier()
+    embedded = {name: run_dir / "data" / f"{name}.jsonl" for name in ("train", "heldout", "ood")}
+    return [embedded.pop("train")], evals or embedded
+
+
+def _read(config: Config, files: Sequence[Path], bad_lines: BadLines) -> list[Conversation]:
+    return [c for path in files for c in read_conversations(path, train_on=config.data.train_on, bad_lines=bad_lines)]
+
+
+def _tokenizer(config: Config, run_dir: Path, init_dir: Path | None, train: Sequence[Conversation]):
+    own = run_dir / "tokenizer"
+    template = Path(config.data.chat_template).read_text() if config.data.chat_template else None
+    if config.data.tokenizer:
+        tokenizer = load_tokenizer(config.data.tokenizer, chat_template=template)
+    elif init_dir is not None and (init_dir / "tokenizer").is_dir() and not own.is_dir():
+        tokenizer = load_tokenizer(init_dir / "tokenizer", chat_template=template)
+    else:  # a resumed run finds the one it trained
+        if _is_leader() and not own.is_dir():
+            train_tokenizer((m.content for c in train for m in c.messages), own, vocab_size=config.data.bpe_vocab_size)
+        dist.barrier()
+        return load_tokenizer(own, chat_template=template)
+    if _is_leader() and not own.is_dir():
+        tokenizer.save_pretrained(str(own))  # a run directory holds all that is needed to use its checkpoints
+    dist.barrier()
+    return tokenizer
+
+
+def _eval_set(config: Config, name: str, path: Path, tokenizer) -> EvalSet:
+    """Held-out rows, one sample each and unpacked places masked; what is too long is cut, said in the report."""
+    conversations = read_conversations(path, train_on=config.data.train_on)
+    conversations = conversations[: config.data.eval_samples or None]
+    overlong = "drop" if config.data.overlong == "error" else config.data.overlong
+    rows = pack_samples(
+        encode_all(conversations, tokenizer), config.data.seq_length, pad_id=pad_id(tokenizer), packing=config.data.packing, overlong=overlong
+    )
+    return EvalSet(name, rows, conversations)
+
+
+def _is_leader() -> bool:
+    return dist.get_rank() == 0

@@ -1,0 +1,83 @@
+"""What a person sees of a run: a line per step, metrics.jsonl, TensorBoard.  Written by rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+__all__ = ["RunLog", "read_metrics", "step_metrics"]
+
+SHOWN = {  # metric -> (heading, format): the line on the terminal
+    "train/loss": ("loss", ".4f"), "train/nll": ("nll", ".4f"), "train/token_prob": ("p", ".3f"), "train/entropy": ("H", ".3f"),
+    "train/weight_mean": ("w", ".3f"), "train/grad_norm": ("gnorm", ".3f"), "train/lr": ("lr", ".1e"), "perf/tokens_per_s": ("tok/s", ",.0f"),
+}  # fmt: skip
+RENAMED = {"lm loss": "loss", "weight": "weight_mean", "cll": "cll_mean", "phi": "phi_mean"}
+
+
+def step_metrics(means: dict[str, float], *, grad_norm: float, lr: float, seconds: float, tokens: int, bad_lines: int) -> dict[str, float]:
+    """The house's metric names from the token means of a step.  `tokens`: all tokens of the step, with and without a loss."""
+    named = {RENAMED.get(name, name): value for name, value in means.items()}
+    weight_sq = named.pop("weight_sq")
+    metrics = {f"train/{name}": value for name, value in named.items()}
+    metrics["train/weight_ess"] = named["weight_mean"] ** 2 / weight_sq if weight_sq else 0.0  # share of tokens that carry the weight
+    metrics |= {"train/grad_norm": grad_norm, "train/lr": lr, "perf/step_s": seconds, "perf/tokens_per_s": tokens / seconds}
+    return metrics | {"data/bad_lines": float(bad_lines)}
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl; a last line cut off by a kill is left out."""
+    lines = []
+    path = Path(run_dir) / "metrics.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+class RunLog:
+    """Rank 0's record of a run; on the other ranks it does nothing."""
+
+    def __init__(self, run_dir: str | Path, *, steps: int, resumed_at: int, leader: bool):
+        self.leader, self.steps = leader, steps
+        if not leader:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        run_dir = Path(run_dir)
+        # A run killed after its last checkpoint has logged steps it will now do again
+        kept = [line for line in read_metrics(run_dir) if line["step"] <= resumed_at]
+        (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._file = open(run_dir / "metrics.jsonl", "a", buffering=1)
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_at + 1)
+        self._console = None
+        if sys.stdout.isatty():
+            from rich.console import Console
+
+            self._console = Console(highlight=True)
+
+    def say(self, text: str) -> None:
+        if self.leader:
+            self._console.print(text) if self._console else print(text, flush=True)
+
+    def step(self, step: int, metrics: dict[str, float], *, show: bool) -> None:
+        """Record one step; `show` prints its line."""
+        if not self.leader:
+            return
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
+        self._file.write(json.dumps({"step": step} | finite) + "\n")
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+        if show:
+            width = len(str(self.steps))
+            cells = [f"{heading} {format(metrics[name], spec)}" for name, (heading, spec) in SHOWN.items() if name in metrics]
+            evaluated = [f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("eval/")]
+            self.say(f"step {step:>{width}}/{self.steps}  " + "  ".join(cells + evaluated))
+
+    def close(self) -> None:
+        if self.leader:
+            self._file.close()
+            self._board.close()

@@ -1,0 +1,59 @@
+"""What the rank processes of tests/trainer run, each in a world of its own size."""
+
+import contextlib
+import io
+
+import torch
+
+from megatron_plugin.config import load_config
+from megatron_plugin.trainer.metrics import read_metrics
+
+CONFIG = "configs/debug_cpu.yaml"
+
+
+def _config(overrides: dict, world_size: int):
+    return load_config(CONFIG, [f"{key}={value}" for key, value in overrides.items()], world_size=world_size)
+
+
+def train(group, *, overrides: dict) -> list[dict]:
+    """A whole run; the lines of its metrics.jsonl."""
+    from megatron_plugin.trainer.loop import train as run
+
+    config = _config(overrides, group.size())
+    with contextlib.redirect_stdout(io.StringIO()):
+        run(config)
+    return read_metrics(config.run_dir)
+
+
+def one_gradient(group, *, overrides: dict, loss: str) -> tuple[float, dict[str, torch.Tensor]]:
+    """(mean loss, this rank's finalised gradients by parameter) of one step with our sft or with megatron-core's own cross-entropy."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    from megatron_plugin.hooks.cpu_platform import cpu_platform
+    from megatron_plugin.trainer import loop
+    from megatron_plugin.trainer.step import run_rows
+
+    config = _config(overrides, group.size())
+    with contextlib.redirect_stdout(io.StringIO()), cpu_platform():
+        parallel_state.initialize_model_parallel(config.parallel.tensor, config.parallel.pipeline)
+        torch.manual_seed(config.seed)
+        tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
+        run = loop._start(config)
+        names = run.names
+        if loss == "megatron":
+            run.loss_func, names = _megatron_cross_entropy, ["lm loss"]
+        means = run_rows(config, run.chunks, run.loss_func, run.data.train, run.order.next_step(), names, train=True)
+        gradients = {n: p.main_grad.clone() for chunk in run.chunks for n, p in chunk.module.named_parameters()}
+        parallel_state.destroy_model_parallel()
+    return means["lm loss"], gradients
+
+
+def _megatron_cross_entropy(logits, *, labels, loss_mask):
+    """megatron-core's vocabulary-parallel cross-entropy in the same three-tuple.  It counts padded columns, so the test has none."""
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    live = labels != -100
+    losses = vocab_parallel_cross_entropy(logits.float().clone(), labels.where(live, 0))
+    total = (losses * loss_mask * live).sum()
+    count = (live & (loss_mask != 0)).sum(dtype=torch.int32)
+    return total, count, {"lm loss": torch.stack([total.detach(), count.float()])}

@@ -80,7 +80,7 @@ def test_a_template_that_rewrites_earlier_turns(tokenizer):
 def test_a_token_that_reaches_over_the_boundary(tokenizer):
     """"#" + "### 1" becomes the token "####": the prompt's last token is not the one the model is asked with."""
     glued = "{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}"
-    assert trained_text(tokenizer, encode(tokenizer, glued, talk(("user", "q: "), ("assistant", "a")))) == ["a<|eos|>"]
+    assert trained_text(tokenizer, encode(tokenizer, glued, talk(("user", "q:"), ("assistant", "a")))) == ["a<|eos|>"]
     with pytest.raises(DataError, match="a token reaches over the boundary.*got '####"):
         encode(tokenizer, glued, talk(("user", "q #"), ("assistant", "### 1")))
 

@@ -43,13 +43,13 @@ RANK, WORLD, LOCAL = (int(os.environ.get(name, default)) for name, default in [(
 DEVICE = torch.device("cuda", LOCAL) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def say(text, means=None, file=sys.stdout):
+def say(text, means=None):
     if RANK == WORLD - 1:  # on the last pipeline stage, which knows the loss
-        print(text, *(f"{name} {means[name]:.5f}" for name in ("lm loss", "nll", "token_prob", "entropy") if means), file=file, flush=True)
+        print(text, *(f"{name} {means[name]:.5f}" for name in ("lm loss", "nll", "token_prob", "entropy") if means), flush=True)
 
 
-def stop(code, text):  # 2: configuration, 4: data
-    say(f"error: {text}", file=sys.stderr)
+def stop(code, text):  # 2: configuration, 4: data.  On every rank: torchrun kills the others when the first one stops
+    print(f"error: {text}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
 

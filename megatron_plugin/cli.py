@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -95,6 +96,9 @@ def _train(arguments: argparse.Namespace) -> None:
 
     config = load_config(arguments.config, arguments.overrides, world_size=_int_variable("WORLD_SIZE", 1))
     check_files(config)
+    # Without Transformer Engine and apex, megatron-core says so in a dozen warnings per rank, on every start
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     from megatron_plugin.trainer.loop import train
 
     train(config)

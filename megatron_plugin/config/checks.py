@@ -21,7 +21,7 @@ LOWEST = {
         "parallel.pipeline", "parallel.virtual", "parallel.context", "model.num_layers", "model.hidden_size", "model.num_attention_heads",
         "model.num_query_groups", "model.ffn_hidden_size", "model.kv_channels", "model.make_vocab_size_divisible_by", "model.rotary_base"),
     0: ("seed", "train.lr", "train.min_lr", "train.warmup_steps", "train.weight_decay", "train.adam_eps", "train.clip_grad",
-        "train.eval_interval", "data.eval_samples", "checkpoint.interval", "checkpoint.keep", "mu.warmup_steps", "mu.decay_steps"),
+        "train.eval_interval", "data.eval_samples", "data.eval_answers", "checkpoint.interval", "checkpoint.keep", "mu.warmup_steps", "mu.decay_steps"),
     2: ("data.seq_length",),
     SMALLEST_BPE: ("data.bpe_vocab_size",),
 }  # fmt: skip

@@ -105,6 +105,9 @@ class DataConfig:
     """With skip: the share of bad lines in [0, 1] above which the run ends."""
     eval_samples: int = 200
     """Samples of each eval file that are used, from its start; 0: all."""
+    eval_answers: int = 200
+    """Held-out questions of each file that are answered greedily after the last step, for the accuracy; 0: none.  Without a key-value cache:
+    seconds for the embedded problems, minutes for long answers."""
     filler: float = 0.0
     """Embedded problems only: probability of a meaningless word before each worked line of the training answers."""
 

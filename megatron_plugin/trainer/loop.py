@@ -58,6 +58,8 @@ class Run:
 def train(config: Config) -> None:
     """Train as configured, under torchrun or alone; everything the run writes is in config.run_dir."""
     check_megatron_core()
+    if config.mu is not None:
+        raise ConfigError("the supervised trainer has one source of tokens and no use for a schedule of mu; leave the section out", "mu")
     with _process_group(config), cpu_platform():
         parallel = config.parallel
         parallel_state.initialize_model_parallel(
@@ -107,8 +109,9 @@ def evaluate(run: Run, *, answers: bool = False) -> dict[str, float]:
     metrics = {}
     for held_out in run.data.evals:
         metrics[f"eval/{held_out.name}_nll"] = _nll(run, held_out)
-        if answers:
-            share, asked = accuracy(run.config, run.chunks, run.data.tokenizer, held_out.conversations, run.data.vocab_size)
+        if answers and run.config.data.eval_answers:
+            conversations = held_out.conversations[: run.config.data.eval_answers]
+            share, asked = accuracy(run.config, run.chunks, run.data.tokenizer, conversations, run.data.vocab_size)
             metrics |= {f"eval/{held_out.name}_accuracy": share} if asked else {}
     return metrics
 
@@ -136,7 +139,7 @@ def _start(config: Config) -> Run:
 
     with as_config_error("model"):
         transformer = transformer_config(config)
-    chunks = build_model(config, transformer, data.vocab_size)
+        chunks = build_model(config, transformer, data.vocab_size)
     optimizer, scheduler = build_optimizer(config, transformer, chunks)
     with as_config_error("loss", config.sources.get("loss.name")):
         loss = bind(config.loss_name, **config.loss_params)

@@ -9,8 +9,8 @@
 | heldout | 2 | in distribution: known facts (a+b) in combinations seen in neither warm nor train |
 | ood | 3 | out of train's distribution: one operation more, in combinations seen in neither |
 
-Measured, one seed: 4 layers, hidden 128, RoPE, 16 rows of 128 tokens a step, lr 2e-3, cosine, from scratch on `train`: greedy accuracy on heldout
-.12, .34, .72, .98 after 150, 300, 450, 600 steps (.15 s each on one free core); ood stays near .06, which is guessing, hence `warm`.
+Measured, one seed: 4 layers, hidden 128, RoPE, 16 rows of 128 tokens a step, lr 2e-3, cosine, from scratch on `train`: greedy accuracy on
+heldout .12, .34, .72, .98 after 150, 300, 450, 600 steps (.15 s each on one free core); ood stays near .06 (guessing), hence `warm`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import json
 import os
 import random
 import re
-import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def generate(split: str, count: int, seed: int, *, filler: float = 0.0) -> list[
 
 
 def write_arithmetic(directory: str | Path, seed: int, *, counts: Mapping[str, int] = SPLITS, filler: float = 0.0) -> dict[str, Path]:
-    """<directory>/<split>.jsonl for each split, and their paths.  Several ranks may do so at once: each file appears complete or not at all."""
+    """<directory>/<split>.jsonl for each split, and their paths.  Several ranks may do so at once: a file appears complete or not."""
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
@@ -71,9 +71,9 @@ def write_arithmetic(directory: str | Path, seed: int, *, counts: Mapping[str, i
         # Only the demonstrations to fine-tune on take the foreign style; the splits that measure stay clean.
         lines = generate(split, count, seed, filler=filler if split == "train" else 0.0)
         paths[split] = folder / f"{split}.jsonl"
-        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-        os.replace(file.name, paths[split])
+        temporary = folder / f".{split}.{uuid.uuid4().hex}.tmp"
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        os.replace(temporary, paths[split])
     return paths
 
 

@@ -18,9 +18,15 @@ __all__ = ["load_rows"]
 
 
 def load_rows(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase, seq_length: int, *, train_on: str = "all", packing: bool = True,
-    overlong: str = "error", bad_lines: BadLines | None = None,
-) -> PackedRows:  # fmt: skip
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    seq_length: int,
+    *,
+    train_on: str = "all",
+    packing: bool = True,
+    overlong: str = "error",
+    bad_lines: BadLines | None = None,
+) -> PackedRows:
     """jsonl -> conversations -> samples -> rows.  Every rank that calls it gets the same rows.
 
     Keep the `bad_lines` you pass: it counts over all three stages (`len(bad_lines)` is the metric data/bad_lines).  Raises DataError.

@@ -1,8 +1,8 @@
 """Which rows a step trains on.  One global stream of rows; the parallel layout only cuts each step's share out of it.
 
-The stream is epoch after epoch, each a permutation that depends on (seed, epoch) alone; a step takes the next `global_batch` rows, also across
-the end of an epoch, so no row is left out and none comes twice in an epoch.  The position is the number of rows consumed: it stays valid when
-the number of data-parallel ranks, the micro-batch or the global batch changes between runs.
+The stream is epoch after epoch, each a permutation that depends on (seed, epoch) alone; a step takes the next `global_batch` rows, also
+across the end of an epoch, so no row is left out and none comes twice in an epoch.  The position is the number of rows consumed: it stays
+valid when the number of data-parallel ranks, the micro-batch or the global batch changes between runs.
 """
 
 from __future__ import annotations
@@ -39,8 +39,13 @@ class RowOrder:
         return rows
 
     def state_dict(self) -> dict[str, int]:
-        return {"consumed": self.consumed, "seed": self.seed, "num_rows": self.num_rows, "fingerprint": self.fingerprint,
-                "shuffle": int(self.shuffle)}  # fmt: skip
+        return {
+            "consumed": self.consumed,
+            "seed": self.seed,
+            "num_rows": self.num_rows,
+            "fingerprint": self.fingerprint,
+            "shuffle": int(self.shuffle),
+        }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue at a saved position; DataError when it was saved for other rows, where it would point at something else."""
@@ -50,7 +55,9 @@ class RowOrder:
         for key in ("num_rows", "fingerprint", "seed", "shuffle"):
             if state[key] != own[key]:
                 remedy = "restore the data, tokenizer, data settings and seed of that run, or start a new run directory"
-                raise DataError(f"the checkpoint's data position does not fit this data: {key} got {own[key]}, expected {state[key]}; {remedy}")
+                raise DataError(
+                    f"the checkpoint's data position does not fit this data: {key} got {own[key]}, expected {state[key]}; {remedy}"
+                )
         if state["consumed"] < 0:
             raise DataError(f"position of the data: got consumed={state['consumed']}, expected >= 0")
         self.consumed = state["consumed"]

@@ -1,8 +1,8 @@
 """Samples -> rows of one fixed length, and the one place where labels are shifted.
 
-Several samples share a row; each is a *segment*: it attends only to itself (block-diagonal causal mask), its positions start at 0, and its last
-token has no label, so nothing is ever predicted across a boundary.  Packed and unpacked rows then give the same log-probability per token.
-(Rotary embeddings are relative, so with them the mask alone would do; learned positions need the reset.)
+Several samples share a row; each is a *segment*: it attends only to itself (block-diagonal causal mask), its positions start at 0, and its
+last token has no label, so nothing is ever predicted across a boundary.  Packed and unpacked rows then give the same log-probability per
+token.  (Rotary embeddings are relative, so with them the mask alone would do; learned positions need the reset.)
 
 b: rows of a micro-batch, s: tokens per row.
 """
@@ -61,8 +61,10 @@ class PackingReport:
     """file:line of samples left out: too long, or cut before their first trained token."""
 
     def __str__(self) -> str:
-        return (f"{self.samples} samples in {self.rows} rows, {self.tokens} tokens ({self.fill:.1%} of the places), {self.loss_tokens} with loss; "
-                f"{len(self.truncated)} truncated, {len(self.dropped)} dropped")  # fmt: skip
+        return (
+            f"{self.samples} samples in {self.rows} rows, {self.tokens} tokens ({self.fill:.1%} of the places), "
+            f"{self.loss_tokens} with loss; {len(self.truncated)} truncated, {len(self.dropped)} dropped"
+        )
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class PackedRows:
                 sample = self.samples[index]
                 stop = start + len(sample.tokens_T)
                 out.tokens[place, start:stop] = sample.tokens_T
-                # THE shift, the only one: position t gets the label and the weight of token t + 1 of its own sample; the last keeps -100 and 0.
+                # THE shift, the only one: place t gets the label and weight of token t + 1 of its own sample; the last keeps -100 and 0.
                 out.labels[place, start : stop - 1] = sample.labels_T[1:]
                 out.loss_weight[place, start : stop - 1] = sample.weight_T[1:]
                 out.position_ids[place, start:stop] = torch.arange(stop - start)
@@ -106,8 +108,13 @@ class PackedRows:
 
     def loss_tokens(self, row: int) -> int:
         """Tokens of a row that have a loss: a label, and a weight that is not 0."""
-        return 0 if row == BLANK_ROW else sum(int(((s.labels_T[1:] != IGNORE_INDEX) & (s.weight_T[1:] != 0)).sum())
-                                              for s in map(self.samples.__getitem__, self.rows[row]))  # fmt: skip
+        return (
+            0
+            if row == BLANK_ROW
+            else sum(
+                int(((s.labels_T[1:] != IGNORE_INDEX) & (s.weight_T[1:] != 0)).sum()) for s in map(self.samples.__getitem__, self.rows[row])
+            )
+        )
 
     def sources(self, row: int) -> tuple[str, ...]:
         """file:line of each sample in a row, for messages about it."""
@@ -123,7 +130,13 @@ class PackedRows:
 
 
 def pack_samples(
-    samples: Sequence[Sample], seq_length: int, *, pad_id: int, packing: bool = True, overlong: str = "error", bad_lines: BadLines | None = None
+    samples: Sequence[Sample],
+    seq_length: int,
+    *,
+    pad_id: int,
+    packing: bool = True,
+    overlong: str = "error",
+    bad_lines: BadLines | None = None,
 ) -> PackedRows:
     """Rows of `seq_length` tokens; with packing=False one sample a row.  Deterministic: no random numbers.
 
@@ -139,8 +152,13 @@ def pack_samples(
         if len(sample.tokens_T) <= seq_length:
             kept.append(sample)
         elif overlong == "error":
-            bad_lines.add(DataError(f"too long (got {len(sample.tokens_T)} tokens, expected at most {seq_length}): raise data.seq_length, or set "
-                                    "data.overlong to truncate or drop", sample.source))  # fmt: skip
+            bad_lines.add(
+                DataError(
+                    f"too long (got {len(sample.tokens_T)} tokens, expected at most {seq_length}): raise data.seq_length, or set "
+                    "data.overlong to truncate or drop",
+                    sample.source,
+                )
+            )
         else:
             cut = _truncate(sample, seq_length) if overlong == "truncate" else None
             if cut is None:
@@ -150,13 +168,20 @@ def pack_samples(
                 kept.append(cut)
     bad_lines.check()
     if not kept:
-        raise DataError(f"no sample is left (got {len(samples)}, {len(dropped)} dropped as longer than {seq_length} tokens): raise data.seq_length")
+        raise DataError(
+            f"no sample is left (got {len(samples)}, {len(dropped)} dropped as longer than {seq_length} tokens): raise data.seq_length"
+        )
     lengths = [len(sample.tokens_T) for sample in kept]
     rows = plan_rows(lengths, seq_length) if packing else [[i] for i in range(len(kept))]
     report = PackingReport(
-        samples=len(kept), rows=len(rows), tokens=sum(lengths), loss_tokens=sum(int((k.labels_T[1:] != IGNORE_INDEX).sum()) for k in kept),
-        fill=sum(lengths) / (len(rows) * seq_length), truncated=tuple(truncated), dropped=tuple(dropped),
-    )  # fmt: skip
+        samples=len(kept),
+        rows=len(rows),
+        tokens=sum(lengths),
+        loss_tokens=sum(int((k.labels_T[1:] != IGNORE_INDEX).sum()) for k in kept),
+        fill=sum(lengths) / (len(rows) * seq_length),
+        truncated=tuple(truncated),
+        dropped=tuple(dropped),
+    )
     return PackedRows(tuple(kept), tuple(map(tuple, rows)), seq_length, pad_id, report)
 
 
@@ -195,7 +220,7 @@ def attention_mask(segment_ids_bs: Tensor) -> Tensor:
 
 
 def cu_seqlens(segment_ids_bs: Tensor) -> Tensor:
-    """Boundaries of all segments of the batch laid end to end, int32 [segments + 1], for variable-length attention; padding is a segment too."""
+    """Boundaries of all segments of the batch laid end to end, int32 [segments + 1], for variable-length attention; padding counts too."""
     b, s = segment_ids_bs.shape
     starts_bs = torch.ones((b, s), dtype=torch.bool, device=segment_ids_bs.device)  # each row starts a segment
     starts_bs[:, 1:] = segment_ids_bs[:, 1:] != segment_ids_bs[:, :-1]

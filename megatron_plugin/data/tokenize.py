@@ -59,8 +59,9 @@ class ConversationEncoder:
         try:
             template = tokenizer.get_chat_template()
         except ValueError as error:
-            raise DataError(f"the tokenizer has no chat template (got {tokenizer.name_or_path}): save one with it, "
-                            f"or pass data.chat_template ({error})") from error  # fmt: skip
+            raise DataError(
+                f"the tokenizer has no chat template (got {tokenizer.name_or_path}): save one with it, or pass data.chat_template ({error})"
+            ) from error
         self.uses_mask = bool(GENERATION.search(template)) and tokenizer.is_fast
 
     def encode(self, conversation: Conversation) -> Sample:
@@ -103,8 +104,11 @@ class ConversationEncoder:
         turns = [i for i, message in enumerate(plain) if message["role"] == "assistant"]
         if len(runs) != len(turns):
             # transformers says nothing when it cannot place a mark: the turn would stay untrained, or the next user turn become trained
-            raise DataError(f"the template's assistant mask has {len(runs)} runs of tokens, expected one for each of the {len(turns)} assistant "
-                            "turns: is each turn inside {% generation %}, with a token of its own before it?", conversation.source)  # fmt: skip
+            raise DataError(
+                f"the template's assistant mask has {len(runs)} runs of tokens, expected one for each of the {len(turns)} assistant "
+                "turns: is each turn inside {% generation %}, with a token of its own before it?",
+                conversation.source,
+            )
         return ids, dict(zip(turns, runs, strict=True))
 
     def _by_prefix(self, plain: list[dict], conversation: Conversation) -> tuple[list[int], dict[int, Span]]:
@@ -115,8 +119,11 @@ class ConversationEncoder:
             if not message.train:
                 continue  # an untrained turn need not be found, so its prefixes need not hold either
             if index == 0:
-                raise DataError("got a trained assistant turn as the first message, expected a prompt before it: without {% generation %} in the "
-                                "chat template its first token cannot be told from the header", source)  # fmt: skip
+                raise DataError(
+                    "got a trained assistant turn as the first message, expected a prompt before it: without {% generation %} in the "
+                    "chat template its first token cannot be told from the header",
+                    source,
+                )
             before = self._render(plain[:index], source, add_generation_prompt=True)["input_ids"]
             upto = self._render(plain[: index + 1], source)["input_ids"]
             self._require_prefix(before, upto, index, source)
@@ -130,9 +137,9 @@ class ConversationEncoder:
             return
         got, expected = (self.tokenizer.decode(ids[same : same + 8]) for ids in (whole, prefix))
         raise DataError(
-            f"messages[{index}]: the tokens before change once later text follows (the chat template rewrites earlier turns, or a token reaches over "
-            f"the boundary), so the turn's tokens cannot be found by prefix (token {same}: got {got!r}, expected {expected!r}): use train_on=last, "
-            "or mark the turns with {% generation %}",
+            f"messages[{index}]: the tokens before change once later text follows (the chat template rewrites earlier turns, or a token "
+            f"reaches over the boundary), so the turn cannot be found by prefix (token {same}: got {got!r}, expected {expected!r}); "
+            "use train_on=last, or mark the turns with {% generation %}",
             source,
         )
 
@@ -144,16 +151,22 @@ class ConversationEncoder:
         if stop < len(ids) and ids[stop] in self.special and ids[stop] != self.bos:
             return stop + 1
         tail = self.tokenizer.decode(ids[max(start, stop - 8) : stop + 4])
-        raise DataError(f"the chat template ends an assistant turn without a special token (got ...{tail!r}): the model would never learn to stop; "
-                        "add {{ eos_token }} after the content", source)  # fmt: skip
+        raise DataError(
+            f"the chat template ends an assistant turn without a special token (got ...{tail!r}): the model would never learn to stop; "
+            "add {{ eos_token }} after the content",
+            source,
+        )
 
     def _refuse_control_tokens(self, conversation: Conversation) -> None:
         for index, message in enumerate(conversation.messages):
             found = self._control.search(message.content)
             if found:
                 # It would become the control token itself: a user text could open an assistant turn, or end one.
-                raise DataError(f"messages[{index}].content holds the tokenizer's control token {found.group()!r} at character {found.start() + 1}, "
-                                "expected plain text: remove it, or split it with a space", conversation.source)  # fmt: skip
+                raise DataError(
+                    f"messages[{index}].content holds the tokenizer's control token {found.group()!r} at character {found.start() + 1}, "
+                    "expected plain text: remove it, or split it with a space",
+                    conversation.source,
+                )
 
     def _render(self, plain: list[dict], source: str, **kwargs: Any):
         kwargs["tokenizer_kwargs"] = {"verbose": False, **kwargs.get("tokenizer_kwargs", {})}
@@ -163,7 +176,9 @@ class ConversationEncoder:
             raise DataError(f"the chat template refuses this conversation (roles {[m['role'] for m in plain]}): {error}", source) from error
 
 
-def encode_all(conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase, bad_lines: BadLines | None = None) -> list[Sample]:
+def encode_all(
+    conversations: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase, bad_lines: BadLines | None = None
+) -> list[Sample]:
     """Every conversation as a Sample; those that do not fit go to `bad_lines`, whose policy decides."""
     bad_lines = BadLines() if bad_lines is None else bad_lines
     encoder = ConversationEncoder(tokenizer)

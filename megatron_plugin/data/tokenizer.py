@@ -47,8 +47,9 @@ def load_tokenizer(directory: str | Path, *, chat_template: str | None = None) -
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... for one and the same cause
         found = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "no files"
-        raise DataError(f"cannot load a tokenizer (got {found}, expected tokenizer.json and tokenizer_config.json): {error}",
-                        str(directory)) from error  # fmt: skip
+        raise DataError(
+            f"cannot load a tokenizer (got {found}, expected tokenizer.json and tokenizer_config.json): {error}", str(directory)
+        ) from error
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return tokenizer
@@ -57,9 +58,9 @@ def load_tokenizer(directory: str | Path, *, chat_template: str | None = None) -
 def train_tokenizer(texts: Iterable[str], directory: str | Path, *, vocab_size: int = 1024) -> PreTrainedTokenizerBase:
     """Train a byte-level BPE on `texts`, save it as a Hugging Face directory, and return it as loaded from there.
 
-    The same texts give the same bytes of tokenizer.json (BPE draws no random numbers: there is no seed).  Each digit is a token of its own.  The
-    vocabulary is `vocab_size` tokens or fewer when the text has no more pairs to merge: ask `true_vocab_size`.  The directory appears at once,
-    complete; one that exists already is replaced.  Call it on one rank, and load on the others after a barrier.
+    The same texts give the same bytes of tokenizer.json (BPE draws no random numbers: there is no seed).  Each digit is a token of its own.
+    The vocabulary is `vocab_size` tokens or fewer when the text has no more pairs to merge: ask `true_vocab_size`.  The directory appears
+    at once, complete; one that exists already is replaced.  Call it on one rank, and load on the others after a barrier.
     """
     smallest = 256 + 3 + len(ROLE_TOKENS)
     if vocab_size < smallest:
@@ -119,7 +120,12 @@ def _save(tokenizer, directory: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS, chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=EOS,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
     ).save_pretrained(str(directory))
     config_file = directory / "tokenizer_config.json"
     config = json.loads(config_file.read_text())

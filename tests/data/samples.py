@@ -10,11 +10,16 @@ import torch
 from megatron_plugin.data import IGNORE_INDEX, Conversation, Message, Sample
 
 GSM8K = [
-    {"question": "Natalia sold 48 clips in April and half as many in May. How many in all?",
-     "answer": "She sold 48/2 = <<48/2=24>>24 in May.\nIn all 48+24 = <<48+24=72>>72.\n#### 72"},
+    {
+        "question": "Natalia sold 48 clips in April and half as many in May. How many in all?",
+        "answer": "She sold 48/2 = <<48/2=24>>24 in May.\nIn all 48+24 = <<48+24=72>>72.\n#### 72",
+    },
     {"question": "Weng earns $12 an hour. How much for 50 minutes?", "answer": "A minute is 12/60 = $<<12/60=0.2>>0.2.\n#### 10"},
-    {"question": "A farm has 1,200 hens — it sells 180. How many are left?", "answer": "1200-180 = <<1200-180=1020>>1,020 hens are left.\n#### 1,020"},
-]  # fmt: skip
+    {
+        "question": "A farm has 1,200 hens — it sells 180. How many are left?",
+        "answer": "1200-180 = <<1200-180=1020>>1,020 hens are left.\n#### 1,020",
+    },
+]
 TEXTS = [text for line in GSM8K for text in line.values()] * 3
 
 

@@ -100,11 +100,29 @@ def test_the_files(tmp_path):
     assert not re.search("So|Now|Well|Then", paths["heldout"].read_text() + paths["warm"].read_text())
 
 
-@pytest.mark.parametrize("text, answer", [
-    ("12+7=19\n#### 19", "19"), ("#### 1,020", "1020"), ("####72", "72"), ("#### $5.50\n", "5.5"), ("#### -3", "-3"), ("####  $-4", None),
-    ("#### 7.00", "7"), ("#### .5", "0.5"), ("#### 007", "7"), ("#### -0", "0"), ("#### 1.", "1"), ("#### 19<|eos|>", "19"),
-    ("#### 4 #### 5", "4"), ("#### x\n#### 6", "6"), ("the answer is 7", None), ("####", None), ("", None), ("### 4", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, answer",
+    [
+        ("12+7=19\n#### 19", "19"),
+        ("#### 1,020", "1020"),
+        ("####72", "72"),
+        ("#### $5.50\n", "5.5"),
+        ("#### -3", "-3"),
+        ("####  $-4", None),
+        ("#### 7.00", "7"),
+        ("#### .5", "0.5"),
+        ("#### 007", "7"),
+        ("#### -0", "0"),
+        ("#### 1.", "1"),
+        ("#### 19<|eos|>", "19"),
+        ("#### 4 #### 5", "4"),
+        ("#### x\n#### 6", "6"),
+        ("the answer is 7", None),
+        ("####", None),
+        ("", None),
+        ("### 4", None),
+    ],
+)
 def test_extract_answer(text, answer):
     assert extract_answer(text) == answer
 

@@ -10,8 +10,11 @@ def test_gsm8k_lines_to_a_batch(tokenizer, tmp_path):
     rows = load_rows(write_jsonl(tmp_path / "x.jsonl", GSM8K), tokenizer, 160)
     assert len(rows) < len(GSM8K) and rows.report.samples == len(GSM8K), "some must share a row"
     batch = rows.batch(range(len(rows)))
-    learnt = {tokenizer.decode(batch.labels[i][(batch.labels[i] != IGNORE_INDEX) & (batch.segment_ids[i] == k)])
-              for i in range(len(rows)) for k in range(int(batch.segment_ids[i].max()) + 1)}  # fmt: skip
+    learnt = {
+        tokenizer.decode(batch.labels[i][(batch.labels[i] != IGNORE_INDEX) & (batch.segment_ids[i] == k)])
+        for i in range(len(rows))
+        for k in range(int(batch.segment_ids[i].max()) + 1)
+    }
     assert learnt == {line["answer"] + "<|eos|>" for line in GSM8K}
     assert sorted(s for r in range(len(rows)) for s in rows.sources(r)) == [f"{tmp_path}/x.jsonl:{i}" for i in (1, 2, 3)]
 
@@ -30,7 +33,9 @@ def test_one_ledger_over_all_stages(tokenizer, tmp_path):
 
 
 def test_train_on_last(tokenizer, tmp_path):
-    turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "first"), ("user", "b"), ("assistant", "second"))]
+    turns = [
+        {"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "first"), ("user", "b"), ("assistant", "second"))
+    ]
     path = write_jsonl(tmp_path / "x.jsonl", [{"messages": turns}])
     for train_on, expected in (("all", "first<|eos|>second<|eos|>"), ("last", "second<|eos|>")):
         batch = load_rows(path, tokenizer, 64, train_on=train_on).batch([0])

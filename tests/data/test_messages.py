@@ -24,12 +24,15 @@ def raw_weight(text: str) -> bytes:
     return json.dumps(weighted("W")).replace('"W"', text).encode()
 
 
-@pytest.mark.parametrize("line, user, assistant", [
-    ({"prompt": "a ", "response": " b\n"}, "a ", " b\n"),  # whitespace is the author's business
-    ({"question": "q", "answer": "1\n#### 1", "id": 7}, "q", "1\n#### 1"),
-    (messages(USER, ASSISTANT), "hi", "ho"),
-    (GSM8K[2], GSM8K[2]["question"], GSM8K[2]["answer"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line, user, assistant",
+    [
+        ({"prompt": "a ", "response": " b\n"}, "a ", " b\n"),  # whitespace is the author's business
+        ({"question": "q", "answer": "1\n#### 1", "id": 7}, "q", "1\n#### 1"),
+        (messages(USER, ASSISTANT), "hi", "ho"),
+        (GSM8K[2], GSM8K[2]["question"], GSM8K[2]["answer"]),
+    ],
+)
 @pytest.mark.parametrize("ascii_only", [True, False])
 def test_the_forms(line, user, assistant, ascii_only):
     found = parse_line(json.dumps(line, ensure_ascii=ascii_only).encode(), "f:1")

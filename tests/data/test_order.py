@@ -65,10 +65,15 @@ def test_resume_under_another_global_batch():
     assert Counter(rows + stream(second, 2)) == Counter(range(24))
 
 
-@pytest.mark.parametrize("other, named", [
-    ({"num_rows": 11}, "num_rows got 11, expected 10"), ({"fingerprint": 2}, "fingerprint got 2, expected 1"),
-    ({"seed": 4}, "seed got 4, expected 3"), ({"shuffle": False}, "shuffle got 0, expected 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "other, named",
+    [
+        ({"num_rows": 11}, "num_rows got 11, expected 10"),
+        ({"fingerprint": 2}, "fingerprint got 2, expected 1"),
+        ({"seed": 4}, "seed got 4, expected 3"),
+        ({"shuffle": False}, "shuffle got 0, expected 1"),
+    ],
+)
 def test_a_position_of_other_data(other, named):
     state = RowOrder(10, 2, seed=3, fingerprint=1).state_dict()
     order = RowOrder(**{"num_rows": 10, "global_batch": 2, "seed": 3, "fingerprint": 1, **other})

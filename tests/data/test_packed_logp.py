@@ -26,7 +26,9 @@ class TinyGPT(nn.Module):
 
     def forward(self, tokens_bs, position_ids_bs, mask_b1ss):
         x_bsw = self.token(tokens_bs) + self.position(position_ids_bs)
-        return self.head(self.layers(x_bsw, mask=mask_b1ss[:, 0].repeat_interleave(self.heads, 0)))  # True = masked out, as in megatron-core
+        return self.head(
+            self.layers(x_bsw, mask=mask_b1ss[:, 0].repeat_interleave(self.heads, 0))
+        )  # True = masked out, as in megatron-core
 
 
 def logp_by_token(model: TinyGPT, batch: PackedBatch, mask_b1ss=None, position_ids=None) -> dict[int, float]:

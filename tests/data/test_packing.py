@@ -120,7 +120,11 @@ def test_a_row_by_hand():
 def test_a_blank_row():
     rows = pack_samples([sample(3)], 4, pad_id=PAD)
     batch = rows.batch([BLANK_ROW, 0])
-    assert (batch.labels[0] == IGNORE_INDEX).all() and (batch.segment_ids[0] == PAD_SEGMENT).all() and batch.position_ids[0].tolist() == [0, 1, 2, 3]
+    assert (
+        (batch.labels[0] == IGNORE_INDEX).all()
+        and (batch.segment_ids[0] == PAD_SEGMENT).all()
+        and batch.position_ids[0].tolist() == [0, 1, 2, 3]
+    )
     assert rows.sources(BLANK_ROW) == () and rows.sources(0) == ("x.jsonl:1",)
     assert batch.map(lambda x: x[1:]).tokens.tolist() == [[1, 2, 3, PAD]]
 
@@ -129,7 +133,10 @@ LONG = [sample(4, source="x.jsonl:1"), sample(9, trained_from=2, source="x.jsonl
 
 
 def test_too_long_is_an_error():
-    with pytest.raises(DataError, match=r"^x.jsonl:2: too long .got 9 tokens, expected at most 6.: raise data.seq_length, or set data.overlong.*\n  also x.jsonl:3"):
+    with pytest.raises(
+        DataError,
+        match=r"^x.jsonl:2: too long .got 9 tokens, expected at most 6.: raise data.seq_length, or set data.overlong.*\n  also x.jsonl:3",
+    ):
         pack_samples(LONG, 6, pad_id=PAD)
     kept = BadLines("skip", 0.7, lines=3)
     assert len(pack_samples(LONG, 6, pad_id=PAD, bad_lines=kept).samples) == 1 and len(kept) == 2
@@ -168,7 +175,11 @@ def test_the_fingerprint_sees_every_change():
     base = [sample(4), sample(5, first=7)]
     prints = {pack_samples(base, 9, pad_id=PAD).fingerprint()}
     assert prints == {pack_samples([sample(4), sample(5, first=7)], 9, pad_id=PAD).fingerprint()}
-    for other in ([sample(4), sample(5, first=8)], [sample(4), sample(5, first=7, trained_from=2)], [sample(4), sample(5, first=7, weight=2.0)]):
+    for other in (
+        [sample(4), sample(5, first=8)],
+        [sample(4), sample(5, first=7, trained_from=2)],
+        [sample(4), sample(5, first=7, weight=2.0)],
+    ):
         prints.add(pack_samples(other, 9, pad_id=PAD).fingerprint())
     prints.add(pack_samples(base, 10, pad_id=PAD).fingerprint())
     prints.add(pack_samples(base, 9, pad_id=PAD, packing=False).fingerprint())

@@ -34,7 +34,9 @@ def test_a_small_text_gives_a_smaller_vocabulary_than_asked(tmp_path):
 
 
 def test_special_ids(tokenizer):
-    assert {"<|pad|>", "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>"} <= set(tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer))))
+    assert {"<|pad|>", "<|bos|>", "<|eos|>", "<|user|>", "<|assistant|>"} <= set(
+        tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))
+    )
     assert tokenizer.decode(tokenizer.apply_chat_template([{"role": "user", "content": "a"}])["input_ids"], skip_special_tokens=True) == "a"
     assert pad_id(tokenizer) == tokenizer.pad_token_id
     tokenizer.pad_token = None
@@ -53,7 +55,9 @@ def test_the_same_text_gives_the_same_merges_in_another_process():
     """Other hash seed, other number of threads: neither may show."""
     code = "import sys, json; from megatron_plugin.data.tokenizer import _train_bpe; print(_train_bpe(json.load(sys.stdin), 300).to_str())"
     env = {**os.environ, "TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "3", "PYTHONHASHSEED": "7"}
-    done = subprocess.run([sys.executable, "-c", code], input=json.dumps(TEXTS), capture_output=True, text=True, env=env, check=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=json.dumps(TEXTS), capture_output=True, text=True, env=env, check=True, timeout=120
+    )
     assert done.stdout.strip() == _train_bpe(TEXTS, 300).to_str()
 
 
@@ -77,7 +81,9 @@ def test_a_vocabulary_too_small_for_the_bytes():
 def test_missing_directories(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
-    with pytest.raises(DataError, match="none: no tokenizer .got nothing there, expected a Hugging Face tokenizer directory.*data.tokenizer"):
+    with pytest.raises(
+        DataError, match="none: no tokenizer .got nothing there, expected a Hugging Face tokenizer directory.*data.tokenizer"
+    ):
         load_tokenizer(tmp_path / "none")
     with pytest.raises(DataError, match="got a file"):
         load_tokenizer(tmp_path / "file")

@@ -1,4 +1,4 @@
-"""The command: cheap to ask, one clear message per job, and the exit codes of DESIGN.md 3."""
+"""The command: cheap to ask, one clear message per job, and the documented exit codes."""
 
 import importlib
 import os

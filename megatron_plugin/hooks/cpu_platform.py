@@ -1,17 +1,17 @@
 """megatron-core's Python on CPU tensors, where there is no GPU: reversible, and announced when it starts.
 
-This is one of the two rooms of DESIGN.md 5 in which names that are not ours are replaced (the other is hooks/gpt_model.py).  What makes
+This is one of the two rooms (CONTRIBUTING.md) in which names that are not ours are replaced (the other is hooks/gpt_model.py).  What makes
 that bearable: nothing happens on a machine with CUDA, everything is put back on exit, and each part is here because megatron-core fails
-without it (measured on 0.16.1, torch 2.13 without CUDA, gloo; reference/MEGATRON.md 2):
+without it (measured on 0.16.1, torch 2.13 without CUDA, gloo):
 
-| part               | replaced                                                    | without it                                                       |
-| ------------------ | ----------------------------------------------------------- | ---------------------------------------------------------------- |
-| `_rng_tracker`     | the tracker in tensor_parallel.random's own slot for one    | model_parallel_cuda_manual_seed: "Torch not compiled with CUDA   |
-|                    |                                                             | enabled"; without seeding, attention dropout finds no RNG state  |
-| `_cuda_functions`  | torch.cuda.current_device -> torch.device("cpu")            | the same error in the TP mappings, linear layers, DDP's buffers  |
-|                    | torch.cuda.synchronize    -> nothing                        | the same in the checkpoint writer and in batched P2P             |
-|                    | torch.cuda.current_stream -> a stream that waits for nothing | the same in DDP's start_grad_sync, from megatron-core 0.19 on   |
-| `_CudaMeansCpu`    | (a TorchFunctionMode: replaces no name)                     | literals such as torch.zeros([], device="cuda") in schedules.py  |
+  _rng_tracker     the tracker in megatron-core's own slot (tensor_parallel.random) becomes one on the CPU generator
+                   without it: model_parallel_cuda_manual_seed says "Torch not compiled with CUDA enabled"; without seeding, attention
+                   dropout finds no RNG state, even at p = 0
+  _cuda_functions  torch.cuda.current_device gives torch.device("cpu"): else the same error in TP mappings, linear layers, DDP's buffers
+                   torch.cuda.synchronize does nothing: else the same in the checkpoint writer and in batched P2P
+                   torch.cuda.current_stream waits for nothing: else the same in DDP's start_grad_sync, from 0.19 on
+  _CudaMeansCpu    a TorchFunctionMode, which replaces no name: literals such as torch.zeros([], device="cuda") in schedules.py and in the
+                   optimizers mean the CPU
 
 What this is not: megatron-core's CUDA path.  Streams and overlap do nothing, and what needs a CUDA kernel (Transformer Engine, MoE,
 activation recompute, which saves CUDA generator states) still fails.  The mode acts in the thread that entered it; autograd runs CPU

@@ -7,7 +7,7 @@
         logits = model(batch["tokens"], batch["position_ids"], None)          # no labels: [b, s, V/tp] comes back
         return logits, partial(loss_func, labels=batch["labels"], loss_mask=batch["loss_mask"])
 
-Normalisation (DESIGN.md 4): the local (sum, count) is returned, megatron-core sums the counts over micro-batches, DP and CP and divides the
+Normalisation (parallel/README.md): the local (sum, count) is returned, megatron-core sums the counts over micro-batches, DP and CP and divides the
 gradient once, in finalize_model_grads.  Nothing of ours is all-reduced, and every token of the step weighs the same in every layout.
 b sequences of a micro-batch, s tokens of a sequence, V/tp columns of the vocabulary on this rank.
 """
@@ -82,21 +82,23 @@ def _masked(inputs: TokenInputs | None, loss_mask: Tensor | None) -> TokenInputs
     inputs = TokenInputs() if inputs is None else inputs
     if loss_mask is None:
         return inputs
-    return replace(inputs, coefficient=loss_mask if inputs.coefficient is None else inputs.coefficient * loss_mask)
+    if inputs.coefficient is None:
+        return replace(inputs, coefficient=loss_mask)
+    return replace(inputs, coefficient=torch.where(loss_mask == 0, 0.0, inputs.coefficient * loss_mask))  # 0 * NaN would not mask
 
 
 def _check(config: TransformerConfig) -> None:
     if not config.calculate_per_token_loss:
         # With the flag off, megatron-core averages the means of ranks and micro-batches: 0.86455 instead of 0.86278 in the gradient norm
-        # of two DP ranks with unequal masks (MEGATRON.md 3.3), and Adam with clipping hides it.
+        # of two DP ranks with unequal masks, and Adam with clipping hides it.
         raise ValueError(
-            "got config.calculate_per_token_loss=False, expected True: with it off, tokens of short sequences weigh more than those of long "
-            "ones; set it in TransformerConfig before DistributedDataParallel is built (--calculate-per-token-loss in Megatron-LM)"
+            "got config.calculate_per_token_loss=False, expected True: with it off, tokens of short sequences weigh more than those of "
+            "long ones; set it in TransformerConfig before DistributedDataParallel is built (--calculate-per-token-loss in Megatron-LM)"
         )
     if config.mtp_num_layers:
         raise ValueError(
-            f"got config.mtp_num_layers={config.mtp_num_layers}, expected None: this loss_func takes logits, so the model is called without "
-            "labels, and then megatron-core's MTP layers get no loss (up to 0.16 they crash)"
+            f"got config.mtp_num_layers={config.mtp_num_layers}, expected None: this loss_func takes logits, so the model is called "
+            "without labels, and then megatron-core's MTP layers get no loss (up to 0.16 they crash)"
         )
 
 

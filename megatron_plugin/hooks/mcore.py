@@ -3,7 +3,7 @@
 Between 0.14 and 0.19 constructors gained, lost and moved parameters (groups above all: model_comm_pgs, then pg_collection).  Called by
 keyword, and leaving groups to parallel_state, everything in `CALLS` is the same in all of them: examples/megatron_core_dft.py ran unchanged
 on 0.14.0, 0.15.3, 0.16.1, 0.17.0, 0.18.2 and 0.19.2 (CPU, TP2) and printed the same losses.  So there is nothing to translate yet; a
-translation, once needed, belongs here.  What is left is a fork whose signatures went another way: `check_megatron_core` tells it at start-up.
+translation, once needed, belongs here.  What is left is a fork whose signatures went another way: `check_megatron_core` tells it.
 """
 
 from __future__ import annotations
@@ -55,17 +55,32 @@ def check_megatron_core() -> None:
 
 
 def data_parallel_size(
-    world_size: int, *, tensor: int, pipeline: int, layers: int, heads: int, vocabulary: int, micro_batch: int, global_batch: int
+    world_size: int,
+    tensor: int,
+    pipeline: int,
+    *,
+    layers: int,
+    hidden: int,
+    heads: int,
+    vocabulary: int,
+    micro_batch: int,
+    global_batch: int,
+    **others: int,
 ) -> int:
     """The data-parallel ranks that `tensor` x `pipeline` leave of `world_size`.  `vocabulary` is the padded one, batches are in sequences.
 
-    ValueError where megatron-core could not split the ranks, the model or the batch evenly (most of these are bare asserts there)."""
-    for name, size in {"tensor": tensor, "pipeline": pipeline, "micro_batch": micro_batch, "global_batch": global_batch}.items():
+    ValueError where megatron-core could not split ranks, model or batch evenly (most of it is bare asserts there), and for any size, those
+    of `others` included, below 1."""
+    sizes = dict(
+        tensor=tensor, pipeline=pipeline, layers=layers, hidden=hidden, heads=heads, micro_batch=micro_batch, global_batch=global_batch
+    )
+    for name, size in {**sizes, **others}.items():
         if size < 1:
             raise ValueError(f"got {name}={size}, expected 1 or more")
     ranks = max(world_size // (tensor * pipeline), 1)
     for what, whole, by, part in [
         ("ranks", world_size, "tensor x pipeline", tensor * pipeline),
+        ("hidden units", hidden, "heads", heads),
         ("attention heads", heads, "tensor", tensor),
         ("columns of the padded vocabulary", vocabulary, "tensor", tensor),
         ("layers", layers, "pipeline", pipeline),
@@ -86,9 +101,9 @@ def adam(
     weight_decay: float = 0.0,
     clip_grad: float = 1.0,
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
-    """megatron-core's Adam (decoupled decay) with a linear warm-up to `lr` and a cosine to lr/10 at `steps`; call scheduler.step(1) after each.
+    """megatron-core's Adam (decoupled decay), its rate rising linearly to `lr`, then a cosine to lr/10 at `steps`: (optimizer, scheduler).
 
-    Also gives `config` the loss scale of the optimizer.  Two traps are closed here:
+    Call scheduler.step(1) after every optimizer.step().  Also gives `config` the loss scale of the optimizer.  Two traps are closed here:
       min_lr: left at None in OptimizerConfig it reaches the parameter groups from 0.16 on, beats the scheduler's own min_lr, and the
       learning rate after the warm-up is an error;
       init_lr: the scheduler sets it in its constructor, so with 0 the first step would change nothing.

@@ -44,7 +44,11 @@ def config_of(tensor=1, **fields):
 
 def model_of(config):
     model = GPTModel(
-        config=config, transformer_layer_spec=local_block_spec(config), vocab_size=PADDED, max_sequence_length=SEQUENCE, position_embedding_type="rope"
+        config=config,
+        transformer_layer_spec=local_block_spec(config),
+        vocab_size=PADDED,
+        max_sequence_length=SEQUENCE,
+        position_embedding_type="rope",
     )
     return DistributedDataParallel(config=config, ddp_config=DistributedDataParallelConfig(), module=model)
 

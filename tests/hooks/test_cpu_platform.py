@@ -71,7 +71,11 @@ def test_an_inner_one_keeps_the_streams():
 
 def test_cuda_means_cpu():
     with cpu_platform():
-        made = [torch.zeros([], device="cuda"), torch.tensor([1.0], device="cuda:0"), torch.empty(2, device=torch.device("cuda", 0), pin_memory=True)]
+        made = [
+            torch.zeros([], device="cuda"),
+            torch.tensor([1.0], device="cuda:0"),
+            torch.empty(2, device=torch.device("cuda", 0), pin_memory=True),
+        ]
         made += [torch.ones(2).cuda(), torch.ones(2).to("cuda"), torch.ones(2).to(device="cuda"), torch.ones(2).pin_memory()]
         made += [torch.zeros(2, device=torch.cuda.current_device()), torch.nn.Linear(2, 2).cuda().weight]
         assert all(x.device.type == "cpu" for x in made)
@@ -127,5 +131,8 @@ def test_streams_that_do_not_fit_are_errors():
             tracker.add("a", 2)
         with pytest.raises(ValueError, match="'b' with seed 1: the name or the seed is taken"):
             tracker.add("b", 1)
-        with pytest.raises(KeyError, match="never added; call megatron.core.tensor_parallel.model_parallel_cuda_manual_seed"), tracker.fork("c"):
+        with (
+            pytest.raises(KeyError, match="never added; call megatron.core.tensor_parallel.model_parallel_cuda_manual_seed"),
+            tracker.fork("c"),
+        ):
             pass

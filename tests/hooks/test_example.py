@@ -38,7 +38,10 @@ def test_tp1_tp2_and_dp2_give_the_same_losses():
         output, errors, code = _torchrun(ranks, f"--tp={tp}", "--warm-steps=10", "--steps=10", *TINY)
         assert code == 0, errors
         runs[name] = _losses(output)
-        assert len(runs[name]) == 20 and output.splitlines()[-1] == f"done: 10 steps of sft, then 10 of dft, at TP{tp} PP1 DP{ranks // tp} on cpu"
+        assert (
+            len(runs[name]) == 20
+            and output.splitlines()[-1] == f"done: 10 steps of sft, then 10 of dft, at TP{tp} PP1 DP{ranks // tp} on cpu"
+        )
         nll = [float(x) for x in re.findall(r"^held out, .* nll (\S+)", output, re.M)]
         assert nll[1] < nll[0] - 0.5, "ten steps of SFT teach the alphabet"
     for name in ("TP2", "DP2"):
@@ -64,7 +67,9 @@ def test_tensor_and_pipeline_on_a_file_with_a_loss_of_ones_own(tmp_path):
 @pytest.mark.timeout(200)
 def test_impossible_sizes_end_every_rank():
     _, errors, code = _torchrun(2, "--tp=4")
-    assert code != 0 and "error: got tensor x pipeline = 4 for 2 ranks, expected a divisor of 2" in errors, "from whichever rank stops first"
+    assert code != 0 and "error: got tensor x pipeline = 4 for 2 ranks, expected a divisor of 2" in errors, (
+        "from whichever rank stops first"
+    )
     assert re.search(r"exitcode\s*: 2\b", errors), "torchrun reports the rank's own code; its own is always 1"
 
 
@@ -91,6 +96,7 @@ def _stops(example, monkeypatch, capsys, *arguments):
         (["--tp=3"], "got tensor x pipeline = 3 for 1 ranks, expected a divisor of 1"),
         (["--micro-batch=3"], "got micro batch x data-parallel ranks = 3 for 8 sequences of the global batch"),
         (["--pp=0"], "got pipeline=0, expected 1 or more"),
+        (["--eval-every=0"], "got eval_every=0, expected 1 or more"),
         (["--loss=dtf"], "unknown loss 'dtf' (did you mean 'dft'?)"),
         (["--loss=gce", '--loss-params={"gama": 1}'], "loss 'gce' has no parameter 'gama' (did you mean 'gamma'?)"),
         (["--loss-params={gamma: 1}"], "Expecting property name"),

@@ -45,7 +45,9 @@ def test_the_loss_mask_weights_and_multiplies_the_coefficient():
     logits, labels, logp = _case()
     loss_mask, coefficient = torch.rand(2, SEQUENCE), torch.rand(2, SEQUENCE)
     loss_mask[1, 3] = coefficient[1, 4] = 0.0
-    loss_sum, count, report, _ = _call(logits=logits, labels=labels, loss_mask=loss_mask, inputs=TokenInputs(coefficient=coefficient), loss="sft")[0]
+    loss_sum, count, report, _ = _call(
+        logits=logits, labels=labels, loss_mask=loss_mask, inputs=TokenInputs(coefficient=coefficient), loss="sft"
+    )[0]
     assert float(loss_sum) == pytest.approx(float((-logp * loss_mask * coefficient).sum()), rel=1e-5)
     assert count[2] == 14 and float(report["nll"][1]) == 14, "0 masks, any other value weights"
 

@@ -35,7 +35,7 @@ def test_every_norm_is_ours(normalization, qk_layernorm):
 
 @pytest.mark.parametrize("qk_layernorm", [False, True])
 def test_same_gradients_in_every_layout(qk_layernorm):
-    """DP2, TP2 and TP2 with sequence parallelism see the same two batches.  Without the tag the norms' gradients under SP are each rank's part.
+    """DP2, TP2 and TP2 with SP see the same two batches.  Without the tag the norms' gradients under SP would be each rank's part.
     Measured: at most 6e-11 between layouts, on gradients whose largest entries are 1e-5 to 3e-4."""
     layouts = [{"tensor": 1}, {"tensor": 2}, {"tensor": 2, "sequence_parallel": True}]
     results = [on_world(2, RANKS, "one_layout", **layout, qk_layernorm=qk_layernorm, normalization="RMSNorm") for layout in layouts]

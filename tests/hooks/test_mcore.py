@@ -4,7 +4,7 @@ import pytest
 
 from megatron_plugin.hooks import mcore
 
-GOOD = dict(tensor=2, pipeline=2, layers=4, heads=4, vocabulary=384, micro_batch=2, global_batch=8)
+GOOD = dict(tensor=2, pipeline=2, layers=4, hidden=20, heads=4, vocabulary=384, micro_batch=2, global_batch=8)
 
 
 def test_the_installed_version_fits():
@@ -39,6 +39,8 @@ def test_data_parallel_size():
         (4, dict(tensor=0), "got tensor=0, expected 1 or more"),
         (4, dict(pipeline=-1), "got pipeline=-1, expected 1 or more"),
         (4, dict(micro_batch=0), "got micro_batch=0, expected 1 or more"),
+        (4, dict(hidden=6), "got heads = 4 for 6 hidden units"),
+        (4, dict(eval_every=0), "got eval_every=0, expected 1 or more"),
     ],
 )
 def test_impossible_sizes(world, change, message):

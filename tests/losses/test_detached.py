@@ -64,7 +64,7 @@ def test_detached_losses_are_gradients_of_the_frozen_weight(name):
 
 
 def test_a_differentiated_dft_would_push_rare_labels_down():
-    """Why it matters: at p = 0.1 < 1/e the gradient of p log p has the other sign (METHODS.md 1)."""
+    """Why it matters: at p = 0.1 < 1/e the gradient of p log p has the other sign."""
     logits_TV = torch.tensor([[0.1, 0.9]], dtype=torch.float64).log().requires_grad_()
     stats = dense_stats(logits_TV, torch.tensor([0]))
     (wrong,) = torch.autograd.grad((-stats.logp.exp() * stats.logp).sum(), logits_TV, retain_graph=True)

@@ -1,4 +1,4 @@
-"""What must hold whatever the logits (METHODS.md 8, invariants 1 to 6, 7 and 9)."""
+"""What must hold whatever the logits."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Every loss against the hand-checked table of METHODS.md 8 and against its formula written out."""
+"""Every loss against a hand-checked table and against its formula written out."""
 
 import math
 

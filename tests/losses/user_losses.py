@@ -140,7 +140,7 @@ def bare_tensor(stats, inputs):
 
 
 def all_detached(stats, inputs):
-    """As in the released adaptive_polylog_loss: everything behind the weight is detached too (METHODS.md 4)."""
+    """As in the released adaptive_polylog_loss: everything behind the weight is detached too."""
     return TokenTerms(loss=(-stats.logp.exp() * stats.logp).detach())
 
 

@@ -1,4 +1,4 @@
-"""mu(step) against the numbers of METHODS.md 8, its shape at the joints, and arguments that cannot be meant."""
+"""mu(step) against hand-checked numbers, its shape at the joints, and arguments that cannot be meant."""
 
 import math
 

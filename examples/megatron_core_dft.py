@@ -34,12 +34,7 @@ from megatron_plugin.hooks.forward_step import make_loss_func, token_means
 from megatron_plugin.hooks.local_spec import block_spec
 from megatron_plugin.hooks.mcore import adam, data_parallel_size, forward_backward
 
-HEADS, END, VOCABULARY, PADDED = (
-    4,
-    256,
-    257,
-    384,
-)  # 256 bytes and end-of-text; 384 divides by the usual TP sizes, the loss masks what is no token
+HEADS, END, VOCABULARY, PADDED = 4, 256, 257, 384  # 256 bytes and end-of-text, padded for the usual TP sizes; the loss masks the padding
 OPTIONS = {
     "tp": 1, "pp": 1, "loss": "dft", "loss_params": "{}", "data": "", "eval_data": "", "steps": 200, "lr": 2e-5, "warm_steps": 150,
     "warm_lr": 2e-3, "eval_every": 50, "eval_batches": 8, "seq_length": 512, "micro_batch": 4, "global_batch": 8, "layers": 4, "hidden": 128
@@ -116,7 +111,7 @@ def main():
         stop(2, error)
     sums = [(b"%d+%d=?" % (a, b), b"%d" % (a + b)) for a in range(10, 100) for b in range(10, 100)]
     rows = read(args.data) if args.data else random.Random(1234).sample(sums, len(sums))
-    held_out = args.eval_batches * args.global_batch
+    held_out, shape = args.eval_batches * args.global_batch, (args.micro_batch, args.seq_length)
     test = read(args.eval_data) if args.eval_data else [rows.pop() for _ in rows[:held_out]]
     data, test = encode(rows, args, "train", args.global_batch), encode(test, args, "held out", held_out)
     torch.cuda.set_device(LOCAL if DEVICE.type == "cuda" else -1)  # -1: do nothing
@@ -127,10 +122,8 @@ def main():
     config, model = build(args)
 
     def run(loss_func, data, indices, train):
-        batches = [[x[i] for x in data] for i in indices[parallel_state.get_data_parallel_rank() :: dp].split(args.micro_batch)]
-        reports = forward_backward(
-            partial(forward_step, loss_func), batches, [model], shape=(args.micro_batch, args.seq_length), train=train
-        )
+        micro = [[x[i] for x in data] for i in indices[parallel_state.get_data_parallel_rank() :: dp].split(args.micro_batch)]
+        reports = forward_backward(partial(forward_step, loss_func), micro, [model], shape=shape, train=train)
         return token_means(reports, group=parallel_state.get_data_parallel_group())  # (4)
 
     seen = 0

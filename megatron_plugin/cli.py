@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 4 -m megatron_plugin.cli train configs/dft.yaml parallel.tensor=2 data.train=x.jsonl
 
 Nothing heavy is imported before the arguments and the configuration are known to be right.  Exit codes: 0 done, 2 configuration, 3 no
-usable checkpoint, 4 data, 5 rollouts exhausted, 17 validation failed, 143 preempted after saving, 1 anything else.  An exception with an
+usable checkpoint, 4 data, 17 loss or gradient not a number, 1 anything else.  An exception with an
 attribute `exit_code` is the person's to mend: one message, no traceback.  (torchrun itself exits with 1 whatever its ranks exit with, and
 prints theirs.)
 """

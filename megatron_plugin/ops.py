@@ -86,8 +86,8 @@ def token_loss(
 
 def _checked_labels(logits: Tensor, labels: Tensor) -> Tensor:
     """labels as contiguous int64; ValueError when they cannot belong to these logits."""
-    if logits.dim() < 1 or not logits.is_floating_point():
-        raise ValueError(f"logits must be floating point [..., vocabulary], got {logits.dtype} {list(logits.shape)}")
+    if logits.dim() < 1 or logits.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"logits must be floating point [..., vocabulary] in fp32, bf16, fp16 or fp64, got {logits.dtype} {list(logits.shape)}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"labels must be integer ids, got {labels.dtype}; use labels.long() if they are ids")
     if labels.shape != logits.shape[:-1]:

@@ -75,6 +75,8 @@ MUTANTS = [
     Mutant("a resumed run has a fresh Adam", "megatron_plugin/trainer/loop.py", "load_checkpoint(source, chunks, optimizer)", "load_checkpoint(source, chunks)",
            LAYOUTS + " -k resumed"),
     Mutant("the optimizer steps on NaN", "megatron_plugin/trainer/loop.py", 'if not math.isfinite(means["lm loss"]):', "if False:", "tests/trainer/test_bad_input.py -k number"),
+    Mutant("the optimizer steps on a NaN gradient", "megatron_plugin/trainer/loop.py", "if not math.isfinite(grad_norm):", "if False:",
+           "tests/trainer/test_bad_input.py -k gradient"),
 ]
 
 

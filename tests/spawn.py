@@ -25,7 +25,7 @@ TIMEOUT_S = 120
 
 def _serve(rank: int, world: int, store: str, pipe) -> None:
     """A rank: joins the world, then answers requests until the pipe closes."""
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # gloo ranks on the CPU, also on a GPU machine
     sys.path.append(ROOT)
     import torch
     import torch.distributed as dist

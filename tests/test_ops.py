@@ -153,3 +153,11 @@ def test_importing_the_package_imports_no_torch():
 
     code = "import sys, megatron_plugin; assert 'torch' not in sys.modules; megatron_plugin.mu_schedule; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_loss_over_the_batch_does_not_see_padding():
+    """A loss that is not token-local finds out from the coefficient which rows are masked."""
+    logits, labels = torch.randn(T, V), torch.randint(0, V, (T,))
+    alone = token_loss(logits, labels, "tests.losses.user_losses.over_batch_mean")
+    padded = token_loss(torch.cat((logits, torch.randn(9, V))), torch.cat((labels, torch.full((9,), -100))), "tests.losses.user_losses.over_batch_mean")
+    torch.testing.assert_close(padded.loss_sum, alone.loss_sum)

@@ -25,7 +25,8 @@ class TokenInputs:
 
     coefficient: Tensor | None = None
     """fp32.  mask x data weight x source weight (mu, 1-mu) x normaliser: multiplies the loss and its gradient, not the metrics.
-    A token whose coefficient is 0 is masked: its loss and gradient are exactly 0, whatever its logits hold."""
+    A token whose coefficient is 0 is masked: its loss and gradient are exactly 0, whatever its logits hold.
+    A loss always finds it set: 0 in masked rows (whose statistics are 0 too), 1 elsewhere when none was given."""
     expert: Tensor | None = None
     """bool.  True where the token comes from an expert demonstration, False where from our own rollouts."""
     advantage: Tensor | None = None

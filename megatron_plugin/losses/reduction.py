@@ -5,6 +5,7 @@ Nothing here reads a value back from the device.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -73,4 +74,6 @@ def evaluate_loss(loss: TokenLoss, stats: TokenStats, inputs: TokenInputs, live:
     """`loss` on these statistics, reduced.  The gradient of masked rows is exactly 0 even where their advantage or old_logp is NaN:
     the derivative of such a row is NaN and 0 * NaN is NaN, so the statistics too pass through a where, whose backward selects."""
     kept = TokenStats(*(torch.where(live, column, 0.0) for column in stats))
+    ones_or_given = torch.ones_like(stats.logp) if inputs.coefficient is None else inputs.coefficient
+    inputs = replace(inputs, coefficient=torch.where(live, ones_or_given, 0.0))  # a loss that looks at other tokens must see which are masked
     return reduce_terms(kept, loss(kept, inputs), inputs, live)

@@ -6,6 +6,7 @@ accuracy check during training; real rollouts are a rollout engine's work.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -30,6 +31,7 @@ def accuracy(config: Config, chunks: list, tokenizer, conversations: Sequence[Co
     Asked are those whose last message has such an answer and whose prompt leaves room in a row; data-parallel ranks share them.
     """
     encoder, room = ConversationEncoder(tokenizer), config.data.seq_length
+    conversations = [c for c in conversations if c.messages[0].role != "assistant"]  # nothing is asked in those
     asked = [(encoder.prompt(c), extract_answer(c.messages[-1].content)) for c in conversations]
     asked = [(prompt, answer) for prompt, answer in asked if answer is not None and len(prompt) < room]
     # an untrained model never ends: twice the longest reference is as far as an answer is followed
@@ -68,7 +70,7 @@ def _continue(config: Config, chunks: list, tokenizer, prompts: Sequence[Sequenc
 
 def _next_tokens(config: Config, chunks: list, tokens: Tensor, lengths: Tensor, vocab_size: int) -> Tensor:
     """[rows] most likely next token of each row, on every rank of the model."""
-    multiple = max(16, config.parallel.tensor)
+    multiple = math.lcm(16, config.parallel.tensor)  # sequence parallelism cuts the width
     width = min(config.data.seq_length, -(-int(lengths.max()) // multiple) * multiple)
     positions = torch.arange(width, device=tokens.device).expand(len(tokens), width)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megatron_plugin.config import Config
+from megatron_plugin.config import Config, ConfigError
 from megatron_plugin.data import (
     BadLines,
     Conversation,
@@ -43,15 +43,15 @@ class Datasets:
     bad_lines: BadLines
 
 
-def prepare_datasets(config: Config, run_dir: Path, init_dir: Path | None) -> Datasets:
+def prepare_datasets(config: Config, run_dir: Path, weights_from: Path | None) -> Datasets:
     """Read, tokenise and pack everything.  Rank 0 alone writes (embedded problems, a tokenizer trained on the spot); the others wait.
 
-    `init_dir`: the run whose weights are taken over; its tokenizer is used unless the configuration names one.
+    `weights_from`: the run directory of the checkpoint that will be loaded; its tokenizer is used unless the configuration names one.
     """
     train_files, eval_files = _files(config, run_dir)
     bad_lines = BadLines(config.data.on_bad_line, config.data.max_bad_fraction)
     train = _read(config, train_files, bad_lines)
-    tokenizer = _tokenizer(config, run_dir, init_dir, train)
+    tokenizer = _tokenizer(config, run_dir, weights_from, train)
     data = config.data
     rows = pack_samples(
         encode_all(train, tokenizer, bad_lines), data.seq_length, pad_id=pad_id(tokenizer), packing=data.packing, overlong=data.overlong,
@@ -64,6 +64,8 @@ def prepare_datasets(config: Config, run_dir: Path, init_dir: Path | None) -> Da
 def _files(config: Config, run_dir: Path) -> tuple[list[Path], dict[str, Path]]:
     """Training files and held-out files by name; the embedded problems where the configuration names none."""
     evals = {Path(path).stem if len(config.data.eval) > 1 else "heldout": Path(path) for path in config.data.eval}
+    if len(evals) < len(config.data.eval):
+        raise ConfigError(f"got {', '.join(config.data.eval)}, expected files of different names: their metrics are called after them", "data.eval")
     if config.data.train:
         return [Path(path) for path in config.data.train], evals
     if _is_leader():
@@ -77,26 +79,25 @@ def _read(config: Config, files: Sequence[Path], bad_lines: BadLines) -> list[Co
     return [c for path in files for c in read_conversations(path, train_on=config.data.train_on, bad_lines=bad_lines)]
 
 
-def _tokenizer(config: Config, run_dir: Path, init_dir: Path | None, train: Sequence[Conversation]):
+def _tokenizer(config: Config, run_dir: Path, weights_from: Path | None, train: Sequence[Conversation]):
+    """The configured one, that of the weights, or one trained now; a copy is always in the run directory, so that it is complete."""
     own = run_dir / "tokenizer"
     template = Path(config.data.chat_template).read_text() if config.data.chat_template else None
-    if config.data.tokenizer:
-        tokenizer = load_tokenizer(config.data.tokenizer, chat_template=template)
-    elif init_dir is not None and (init_dir / "tokenizer").is_dir() and not own.is_dir():
-        tokenizer = load_tokenizer(init_dir / "tokenizer", chat_template=template)
-    else:  # a resumed run finds the one it trained
-        if _is_leader() and not own.is_dir():
+    taken = Path(config.data.tokenizer) if config.data.tokenizer else weights_from / "tokenizer" if weights_from else None
+    if taken is None:  # whatever an aborted start has left in `own` belongs to no weights
+        if _is_leader():
             train_tokenizer((m.content for c in train for m in c.messages), own, vocab_size=config.data.bpe_vocab_size)
         dist.barrier()
         return load_tokenizer(own, chat_template=template)
-    if _is_leader() and not own.is_dir():
-        tokenizer.save_pretrained(str(own))  # a run directory holds all that is needed to use its checkpoints
+    tokenizer = load_tokenizer(taken, chat_template=template)
+    if _is_leader() and taken.resolve() != own.resolve():
+        tokenizer.save_pretrained(str(own))
     dist.barrier()
     return tokenizer
 
 
 def _eval_set(config: Config, name: str, path: Path, tokenizer) -> EvalSet:
-    """Held-out rows, one sample each and unpacked places masked; what is too long is cut, said in the report."""
+    """Held-out rows, packed as configured; a sample that is too long is left out where training would stop, and counted in the report."""
     conversations = read_conversations(path, train_on=config.data.train_on)
     conversations = conversations[: config.data.eval_samples or None]
     overlong = "drop" if config.data.overlong == "error" else config.data.overlong

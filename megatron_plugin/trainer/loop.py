@@ -58,28 +58,28 @@ class Run:
 def train(config: Config) -> None:
     """Train as configured, under torchrun or alone; everything the run writes is in config.run_dir."""
     check_megatron_core()
-    if config.mu is not None:
-        raise ConfigError("the supervised trainer has one source of tokens and no use for a schedule of mu; leave the section out", "mu")
+    _refuse(config)
     with _process_group(config), cpu_platform():
         parallel = config.parallel
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline,
             virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None, context_parallel_size=parallel.context,
         )  # fmt: skip
-        torch.manual_seed(config.seed)
-        tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
+        _seed(config, 0)
         torch.use_deterministic_algorithms(config.deterministic and torch.cuda.is_available())
         run = _start(config)
         log = RunLog(config.run_dir, steps=config.train.steps, resumed_at=run.step, leader=dist.get_rank() == 0)
         log.say(f"{config.loss_name} on {len(run.data.train)} rows: {run.data.train.report}; vocabulary {run.data.vocab_size}")
+        for held_out in run.data.evals:
+            log.say(f"held out, {held_out.name}: {held_out.rows.report}")
         while run.step < config.train.steps:
             metrics = _step(run)
             last = run.step == config.train.steps
+            if last or (config.checkpoint.interval and run.step % config.checkpoint.interval == 0):
+                _save(run)  # before the evaluation: what fails there costs no work
             if last or (config.train.eval_interval and run.step % config.train.eval_interval == 0):
                 metrics |= evaluate(run, answers=last)
             log.step(run.step, metrics, show=last or run.step % config.train.log_interval == 0)
-            if last or (config.checkpoint.interval and run.step % config.checkpoint.interval == 0):
-                _save(run)
         log.close()
         _sum_up(run, log)
 
@@ -89,30 +89,39 @@ def _step(run: Run) -> dict[str, float]:
     start, rows = time.perf_counter(), run.order.next_step()
     if not any(run.data.train.loss_tokens(row) for row in rows):
         raise DataError(f"step {run.step + 1} has no token with a loss in its {len(rows)} rows: {_sources(run, rows)}")
+    _seed(run.config, run.step + 1)
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
     means = run_rows(run.config, run.chunks, run.loss_func, run.data.train, rows, run.names, train=True)
     if not math.isfinite(means["lm loss"]):
         raise NonFiniteError(f"step {run.step + 1}: the loss is {means['lm loss']}, no weight was changed; the step's samples: {_sources(run, rows)}")
+    run.optimizer.prepare_grads()
+    grad_norm = float(run.optimizer.get_grad_norm())
+    if not math.isfinite(grad_norm):  # megatron-core would clip nothing and step
+        raise NonFiniteError(f"step {run.step + 1}: the gradient norm is {grad_norm}, no weight was changed; the step's samples: {_sources(run, rows)}")
     lr = run.optimizer.param_groups[0]["lr"]
-    _, grad_norm, _ = run.optimizer.step()
+    run.optimizer.step()
     run.scheduler.step(increment=1)
     run.step += 1
     tokens = len(rows) * run.config.data.seq_length
-    return step_metrics(means, grad_norm=float(grad_norm), lr=lr, seconds=time.perf_counter() - start, tokens=tokens,
+    return step_metrics(means, grad_norm=grad_norm, lr=lr, seconds=time.perf_counter() - start, tokens=tokens,
                         bad_lines=len(run.data.bad_lines))  # fmt: skip
 
 
 def evaluate(run: Run, *, answers: bool = False) -> dict[str, float]:
     """Plain NLL of every held-out set, whatever the loss; with `answers` also the share answered right."""
     metrics = {}
+    for chunk in run.chunks:
+        chunk.eval()  # no dropout
     for held_out in run.data.evals:
         metrics[f"eval/{held_out.name}_nll"] = _nll(run, held_out)
-        if answers and run.config.data.eval_answers:
+        if answers and run.config.parallel.virtual == 1 and run.config.data.eval_answers:
             conversations = held_out.conversations[: run.config.data.eval_answers]
             share, asked = accuracy(run.config, run.chunks, run.data.tokenizer, conversations, run.data.vocab_size)
-            metrics |= {f"eval/{held_out.name}_accuracy": share} if asked else {}
+            metrics |= {f"eval/{held_out.name}_accuracy": share, f"eval/{held_out.name}_asked": float(asked)} if asked else {}
+    for chunk in run.chunks:
+        chunk.train()
     return metrics
 
 
@@ -133,17 +142,19 @@ def _start(config: Config) -> Run:
         raise ConfigError(f"checkpoint.resume=never, but {run_dir} already holds {there.name}: choose another run_dir or checkpoint.resume=auto")
     source = there if resume in ("auto", "never") else checkpoints.find_checkpoint(resume)
     init = None if source or not config.checkpoint.init else checkpoints.find_checkpoint(config.checkpoint.init)
-    if dist.get_rank() == 0:
-        save_config(config, run_dir / "config.yaml")
-    data = prepare_datasets(config, run_dir, init.parent.parent if init else None)
+    with as_config_error("loss", config.sources.get("loss.name")):
+        loss = bind(config.loss_name, **config.loss_params)
+        names = metric_names(loss)
+    weights_from = source or init
+    data = prepare_datasets(config, run_dir, weights_from.parent.parent if weights_from else None)
+    if weights_from and (saved := checkpoints.read_state(weights_from)["vocab_size"]) != data.vocab_size:
+        raise checkpoints.CheckpointError(f"{weights_from} was trained with a vocabulary of {saved}, the tokenizer has {data.vocab_size}: "
+                                          "use that run's tokenizer (data.tokenizer empty takes it)")  # fmt: skip
 
     with as_config_error("model"):
         transformer = transformer_config(config)
         chunks = build_model(config, transformer, data.vocab_size)
     optimizer, scheduler = build_optimizer(config, transformer, chunks)
-    with as_config_error("loss", config.sources.get("loss.name")):
-        loss = bind(config.loss_name, **config.loss_params)
-        names = metric_names(loss)
     loss_func = make_loss_func(loss, transformer, vocab_size=data.vocab_size, overwrite_logits=True)
     order = RowOrder(len(data.train), config.train.global_batch, config.seed, fingerprint=data.train.fingerprint())
     run = Run(config, data, chunks, optimizer, scheduler, order, loss_func, names)
@@ -151,11 +162,32 @@ def _start(config: Config) -> Run:
         state = checkpoints.load_checkpoint(source, chunks, optimizer)
         order.load_state_dict(state["data"])
         run.step = state["step"]
+        for group in optimizer.param_groups:  # megatron-core prefers the saved ones to the configuration's
+            group["max_lr"], group["min_lr"] = config.train.lr, config.train.min_lr
         scheduler.step(increment=run.step)
     elif init is not None:
         checkpoints.load_checkpoint(init, chunks)
         optimizer.reload_model_params()
+    if dist.get_rank() == 0:
+        save_config(config, run_dir / "config.yaml")  # only now: a refused command must not change a run's record
     return run
+
+
+def _refuse(config: Config) -> None:
+    """What the configuration may say and this trainer cannot do."""
+    if config.mu is not None:
+        raise ConfigError("the supervised trainer has one source of tokens and no use for a schedule of mu; leave the section out", "mu")
+    if config.parallel.context > 1:
+        raise ConfigError(f"got {config.parallel.context}, expected 1: rows are not yet cut over context-parallel ranks", "parallel.context")
+    if config.data.packing and config.transformer.get("window_size") is not None:
+        raise ConfigError("a sliding window replaces the mask that keeps packed samples apart; set data.packing=false", "model.window_size")
+
+
+def _seed(config: Config, step: int) -> None:
+    """Random numbers of a step depend on the step alone, so a resumed run draws those of the undisturbed one; stages draw their own."""
+    seed = config.seed + 100 * parallel_state.get_pipeline_model_parallel_rank() + 100_003 * step
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
 def _save(run: Run) -> None:
@@ -169,7 +201,7 @@ def _sum_up(run: Run, log: RunLog) -> None:
         run_dir = Path(run.config.run_dir)
         plot_curves({run.config.loss_name: run_dir}, run_dir / "curves.png", title=str(run_dir))
         last = (read_metrics(run_dir) or [{}])[-1]
-        log.say("\n".join(f"{name:<28} {value:.4f}" for name, value in last.items() if name.startswith("eval/")))
+        log.say("\n".join(f"{name:<28} {value:.4f}" for name, value in last.items() if name.startswith("eval/") and value is not None))
         log.say(f"{run_dir}: config.yaml metrics.jsonl curves.png tensorboard/ tokenizer/ checkpoints/step_{run.step:08d}")
     dist.barrier()
 
@@ -193,8 +225,6 @@ def _process_group(config: Config) -> Iterator[None]:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     alone = {} if "RANK" in os.environ else dict(rank=0, world_size=1, store=dist.HashStore())
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=config.train.timeout_s), **alone)
-    try:
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+    yield
+    parallel_state.destroy_model_parallel()  # not after an error: tearing down NCCL can wait for ranks that will never come
+    dist.destroy_process_group()

@@ -40,6 +40,8 @@ def transformer_config(config: Config) -> TransformerConfig:
         fields["activation_func"] = ACTIVATIONS[fields["activation_func"]]
     fields.setdefault("hidden_dropout", 0.0)  # fine-tuning, and what makes runs comparable
     fields.setdefault("attention_dropout", 0.0)
+    if config.data.packing:
+        fields["masked_softmax_fusion"] = False  # the fused causal kernel ignores the mask that keeps packed samples apart
     if not torch.cuda.is_available():  # the fusions are CUDA kernels; batched P2P synchronises a CUDA stream
         fields |= dict(use_cpu_initialization=True, batch_p2p_sync=False, masked_softmax_fusion=False, bias_dropout_fusion=False,
                        bias_activation_fusion=False, apply_rope_fusion=False, gradient_accumulation_fusion=False)

@@ -177,3 +177,15 @@ focal = Focal(2)
 def becomes_nan(stats, inputs):
     """NaN on improbable tokens: all those of an untrained model."""
     return TokenTerms(loss=torch.where(stats.logp < -5, torch.nan, -stats.logp))
+
+
+def nan_gradient(stats, inputs):
+    """A finite value whose derivative is NaN: sqrt has none at 0."""
+    return TokenTerms(loss=-stats.logp + 0 * (0 * stats.logp.abs()).sqrt())
+
+
+def over_batch_mean(stats, inputs):
+    """Each weight relative to the mean weight of the live tokens: not token-local."""
+    weight_T = stats.logp.detach().exp()
+    mean = (weight_T * (inputs.coefficient != 0)).sum() / (inputs.coefficient != 0).sum()
+    return TokenTerms(loss=-weight_T / mean * stats.logp, weight=weight_T / mean)

@@ -95,6 +95,6 @@ def readme_loss_func(group, *, source, logits, labels, loss_mask):
         exec(source, namespace)
         shard = logits.chunk(2, -1)[parallel_state.get_tensor_model_parallel_rank()]
         loss_sum, num_tokens, report = namespace["loss_func"](labels, loss_mask, shard)
-        return float(loss_sum), int(num_tokens), {k: float(v) for k, v in report.items()}
+        return float(loss_sum), int(num_tokens), {k: v.tolist() for k, v in report.items()}
     finally:
         parallel_state.destroy_model_parallel()

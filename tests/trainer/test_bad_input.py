@@ -72,3 +72,28 @@ def test_other_data_than_the_checkpoints_is_refused(tmp_path):
     one_less.write_text("".join(open(BASE["data.train"]).readlines()[1:]))
     message = _error(**{"run_dir": tmp_path / "run", "checkpoint.resume": "auto", "train.steps": 5, "data.train": one_less})
     assert "DataError" in message and "does not fit this data" in message
+
+
+def test_a_gradient_that_is_not_a_number_is_not_stepped(tmp_path):
+    message = _error(**{"run_dir": tmp_path / "run", "loss.name": "tests.losses.user_losses.nan_gradient"})
+    assert "NonFiniteError: step 1: the gradient norm is nan, no weight was changed" in message
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_what_the_trainer_cannot_do_is_refused(tmp_path):
+    message = _error(**{"run_dir": tmp_path / "run", "model.window_size": "[8, 0]"})
+    assert "ConfigError" in message and "packed samples apart" in message
+
+
+def test_a_refused_command_leaves_the_runs_record_alone(tmp_path):
+    on_world(1, RANKS, "train", overrides=BASE | {"run_dir": tmp_path / "run"})
+    record = (tmp_path / "run" / "config.yaml").read_text()
+    _error(**{"run_dir": tmp_path / "run", "checkpoint.resume": "auto", "train.steps": 5, "seed": 77})
+    assert (tmp_path / "run" / "config.yaml").read_text() == record
+
+
+def test_a_new_learning_rate_holds_after_a_resume(tmp_path):
+    on_world(1, RANKS, "train", overrides=BASE | {"run_dir": tmp_path / "run"})
+    lines = on_world(1, RANKS, "train", overrides=BASE | {
+        "run_dir": tmp_path / "run", "checkpoint.resume": "auto", "train.steps": 5, "train.lr": 1e-5, "train.lr_decay": "constant"})[0]
+    assert lines[-1]["train/lr"] == pytest.approx(1e-5)

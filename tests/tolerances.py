@@ -14,3 +14,6 @@ EAGER_FACTOR = 1.1           # half precision: at most this times eager PyTorch'
 TP_LOGP = 2e-6
 TP_ENTROPY = 2e-6
 TP_GRAD = 3e-7
+
+# loss, NLL, entropy and gradient norm of 20 steps, every layout against one rank: 5 decimals
+LAYOUTS = 5e-6

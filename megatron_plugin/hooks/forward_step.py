@@ -7,8 +7,8 @@
         logits = model(batch["tokens"], batch["position_ids"], None)          # no labels: [b, s, V/tp] comes back
         return logits, partial(loss_func, labels=batch["labels"], loss_mask=batch["loss_mask"])
 
-Normalisation (parallel/README.md): the local (sum, count) is returned, megatron-core sums counts over micro-batches, DP and CP and divides the
-gradient once, in finalize_model_grads.  Nothing of ours is all-reduced, and every token of the step weighs the same in every layout.
+Normalisation (parallel/README.md): the local (sum, count) is returned; megatron-core sums counts over micro-batches, DP and CP and divides
+the gradient once, in finalize_model_grads.  Nothing of ours is all-reduced, and every token of the step weighs the same in every layout.
 b sequences of a micro-batch, s tokens of a sequence, V/tp columns of the vocabulary on this rank.
 """
 

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from tests import tolerances as tol
 from tests.spawn import on_world
 
 RANKS = "tests.trainer.ranks"
@@ -46,13 +47,13 @@ def test_loss_and_gradient_norm_are_those_of_one_rank(layout, warm, one_rank, pr
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     for ours, reference in zip(lines, one_rank, strict=True):
         for name in ("train/loss", "train/nll", "train/entropy", "train/grad_norm"):
-            assert ours[name] == pytest.approx(reference[name], abs=5e-6, rel=1e-5), (ours["step"], name)
+            assert ours[name] == pytest.approx(reference[name], abs=tol.LAYOUTS, rel=0), (ours["step"], name)
         assert ours["train/num_tokens"] == reference["train/num_tokens"]
     assert lines[-1]["eval/heldout_nll"] == pytest.approx(one_rank[-1]["eval/heldout_nll"], abs=1e-5)
     assert lines[-1]["eval/heldout_accuracy"] == one_rank[-1]["eval/heldout_accuracy"]
 
 
-@pytest.mark.parametrize("size, overrides", [(1, {}), (2, {"parallel.tensor": 2})], ids=["TP1", "TP2"])
+@pytest.mark.parametrize("size, overrides", [(1, {"model.hidden_dropout": 0.1}), (2, {"parallel.tensor": 2})], ids=["TP1, dropout", "TP2"])
 def test_a_resumed_run_repeats_the_undisturbed_one(size, overrides, warm, problems, tmp_path):
     common = {"train.steps": 8, "checkpoint.init": warm, "checkpoint.interval": 4, "checkpoint.resume": "auto", "checkpoint.keep": 0} | problems | overrides
     whole = _train(size, tmp_path / "whole", **common)

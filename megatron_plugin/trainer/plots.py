@@ -37,7 +37,7 @@ def plot_curves(runs: Mapping[str, str | Path], png: str | Path, *, title: str =
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
         if axis.lines:
-            axis.legend(fontsize=8, loc="upper right")
+            axis.legend(fontsize=7, framealpha=0.3)
     figure.suptitle(title)
     figure.savefig(png, dpi=110)
     plt.close(figure)

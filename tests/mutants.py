@@ -110,6 +110,8 @@ def run(mutant: Mutant) -> str | None:
         assert text.count(mutant.old) >= 1, f"{mutant.name}: {mutant.file} no longer holds {mutant.old!r}"
         target.write_text(text.replace(mutant.old, mutant.new))
         result = _pytest(tree, mutant.killer)
+        if result.returncode < 0:  # a wild pointer ends the interpreter, and with it the test run
+            return f"{mutant.killer} (crashed with signal {-result.returncode})"
         return _failed_test(result.stdout) if result.returncode == 1 else None
     except subprocess.TimeoutExpired:
         return None

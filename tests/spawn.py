@@ -51,33 +51,38 @@ def _pool(world: int):
     context = mp.get_context("spawn")
     store = tempfile.NamedTemporaryFile(delete=False, prefix="ranks").name
     os.unlink(store)
-    pipes = []
+    pipes, processes = [], []
     for rank in range(world):
         ours, theirs = context.Pipe()
-        context.Process(target=_serve, args=(rank, world, store, theirs)).start()  # not a daemon: megatron-core's checkpoint writer has children
+        processes.append(context.Process(target=_serve, args=(rank, world, store, theirs)))
+        processes[-1].start()  # not a daemon: megatron-core's checkpoint writer has children
         theirs.close()
         pipes.append(ours)
     atexit.register(lambda: [pipe.close() for pipe in pipes])
-    return pipes
+    return pipes, processes
 
 
 def on_ranks(size: int, module: str, function: str, **arguments) -> list:
     """Results of `function(group, **arguments)` on ranks 0..size-1 of a world of four.  RuntimeError with the rank's traceback if one fails."""
-    return _ask(_pool(WORLD)[:size], module, function, arguments)
+    return _ask(WORLD, size, module, function, arguments)
 
 
 def on_world(size: int, module: str, function: str, **arguments) -> list:
     """The same in a world of exactly `size` ranks, for code that uses the default process group."""
-    return _ask(_pool(size), module, function, arguments)
+    return _ask(size, size, module, function, arguments)
 
 
-def _ask(pipes: list, module: str, function: str, arguments: dict) -> list:
-    size = len(pipes)
+def _ask(world: int, size: int, module: str, function: str, arguments: dict) -> list:
+    pipes, processes = _pool(world)
+    pipes = pipes[:size]
     for pipe in pipes:
         pipe.send((size, module, function, arguments))
     answers = []
     for rank, pipe in enumerate(pipes):
         if not pipe.poll(TIMEOUT_S):
+            for process in processes:  # a late answer must not be taken for that of the next question
+                process.kill()
+            _pool.cache_clear()
             raise TimeoutError(f"rank {rank} of {size} did not finish {module}.{function} within {TIMEOUT_S} s")
         answers.append(pipe.recv())
     for rank, (ok, result) in enumerate(answers):

@@ -142,7 +142,7 @@ def main(words: list[str]) -> int:
             killers.append(killer)
             print(f"{'killed  ' if killer else 'SURVIVED'}  {mutant.name}  {killer or mutant.killer}", flush=True)
     survivors = sum(killer is None for killer in killers)
-    print(f"{len(chosen) - survivors} of {len(chosen)} killed")
+    print(f"{len(chosen) - survivors} of {len(chosen)} killed", flush=True)
     if not words and not survivors:
         (ROOT / "tests" / "MUTANTS.md").write_text(_table(list(zip(chosen, killers, strict=True))))
     return 1 if survivors else 0

@@ -6,7 +6,7 @@ import torch
 from megatron_plugin import LOSSES, TokenInputs
 from megatron_plugin.hooks.forward_step import token_means
 from tests.hooks.ranks import PADDED, SEQUENCE, VOCABULARY
-from tests.spawn import on_world
+from tests.spawn import on_ranks
 
 RANKS = "tests.hooks.ranks"
 
@@ -21,7 +21,7 @@ def _case():
 
 
 def _call(**arguments):
-    return on_world(2, RANKS, "call", **arguments)
+    return on_ranks(2, RANKS, "call", **arguments)
 
 
 def test_the_three_tuple():
@@ -94,11 +94,11 @@ def test_other_refusals():
     assert "unknown loss 'dtf' (did you mean 'dft'?)" in _call(logits=logits, labels=labels, loss="dtf")[0]
     assert "labels" in _call(logits=logits, labels=labels[:, 1:])[0]
     assert "inputs.coefficient" in _call(logits=logits, labels=labels, loss_mask=torch.ones(SEQUENCE))[0]
-    assert "got a tp_group of 2 ranks, expected tensor_model_parallel_size=1" in on_world(2, RANKS, "wrong_group")[0]
+    assert "got a tp_group of 2 ranks, expected tensor_model_parallel_size=1" in on_ranks(2, RANKS, "wrong_group")[0]
 
 
 def test_every_loss_trains_a_model():
-    first, second = on_world(2, RANKS, "every_loss")
+    first, second = on_ranks(2, RANKS, "every_loss")
     assert set(first) == set(LOSSES)
     for name, (loss, grad_norm) in first.items():
         assert grad_norm > 0 and loss == loss and second[name][0] == loss, name

@@ -7,7 +7,7 @@ import torch
 
 from megatron_plugin.hooks.local_spec import LayerNorm, RMSNorm, local_block_spec, transformer_engine_usable
 from tests.hooks.ranks import config_of
-from tests.spawn import on_world
+from tests.spawn import on_ranks
 
 RANKS = "tests.hooks.ranks"
 OURS = "megatron_plugin.hooks.local_spec."
@@ -25,7 +25,7 @@ def test_parameters_carry_the_tag(norm, sequence_parallel):
 @pytest.mark.parametrize("normalization", ["RMSNorm", "LayerNorm"])
 @pytest.mark.parametrize("qk_layernorm", [True, False])
 def test_every_norm_is_ours(normalization, qk_layernorm):
-    found, tags = on_world(2, RANKS, "slots", qk_layernorm=qk_layernorm, normalization=normalization)[0]
+    found, tags = on_ranks(2, RANKS, "slots", qk_layernorm=qk_layernorm, normalization=normalization)[0]
     built = {name for name, kind in found.items() if not kind.endswith(".IdentityOp")}
     inside = ["input_layernorm", "pre_mlp_layernorm"] + ["self_attention.q_layernorm", "self_attention.k_layernorm"] * qk_layernorm
     assert built == {f"decoder.layers.{i}.{slot}" for i in range(2) for slot in inside} | {"decoder.final_layernorm"}
@@ -38,7 +38,7 @@ def test_same_gradients_in_every_layout(qk_layernorm):
     """DP2, TP2 and TP2 with SP see the same two batches.  Without the tag the norms' gradients under SP would be each rank's part.
     Measured: at most 6e-11 between layouts, on gradients whose largest entries are 1e-5 to 3e-4."""
     layouts = [{"tensor": 1}, {"tensor": 2}, {"tensor": 2, "sequence_parallel": True}]
-    results = [on_world(2, RANKS, "one_layout", **layout, qk_layernorm=qk_layernorm, normalization="RMSNorm") for layout in layouts]
+    results = [on_ranks(2, RANKS, "one_layout", **layout, qk_layernorm=qk_layernorm, normalization="RMSNorm") for layout in layouts]
     means, norms, rates, grad_norm = results[0][0]
     assert means["num_tokens"] == 8 + 2 + 8 + 5 and len(norms) == (9 if qk_layernorm else 5)
     for layout, ranks in zip(layouts, results, strict=True):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.spawn import on_world
+from tests.spawn import on_ranks
 
 RANKS = "tests.trainer.ranks"
 STEPS = {"train.steps": 3, "checkpoint.interval": 0, "train.eval_interval": 0, "train.global_batch": 4, "data.eval_samples": 2}
@@ -18,7 +18,7 @@ def _base(problems):
 
 def _error(size: int = 1, **overrides) -> str:
     with pytest.raises(RuntimeError) as raised:
-        on_world(size, RANKS, "train", overrides=BASE | overrides)
+        on_ranks(size, RANKS, "train", overrides=BASE | overrides)
     return str(raised.value)
 
 
@@ -55,19 +55,19 @@ def test_checkpoints_that_are_not_there(tmp_path):
 
 
 def test_resume_never_does_not_overwrite_a_run(tmp_path):
-    on_world(1, RANKS, "train", overrides=BASE | {"run_dir": tmp_path / "run"})
+    on_ranks(1, RANKS, "train", overrides=BASE | {"run_dir": tmp_path / "run"})
     message = _error(**{"run_dir": tmp_path / "run", "checkpoint.resume": "never"})
     assert "ConfigError" in message and "already holds step_00000003" in message
 
 
 def test_a_checkpoint_of_another_model_is_named(tmp_path):
-    on_world(1, RANKS, "train", overrides=BASE | {"run_dir": tmp_path / "run"})
+    on_ranks(1, RANKS, "train", overrides=BASE | {"run_dir": tmp_path / "run"})
     message = _error(**{"run_dir": tmp_path / "other", "checkpoint.init": tmp_path / "run", "model.hidden_size": 32})
     assert "CheckpointError" in message and "does not fit this model" in message
 
 
 def test_other_data_than_the_checkpoints_is_refused(tmp_path):
-    on_world(1, RANKS, "train", overrides=BASE | {"run_dir": tmp_path / "run"})
+    on_ranks(1, RANKS, "train", overrides=BASE | {"run_dir": tmp_path / "run"})
     one_less = tmp_path / "one_less.jsonl"
     one_less.write_text("".join(open(BASE["data.train"]).readlines()[1:]))
     message = _error(**{"run_dir": tmp_path / "run", "checkpoint.resume": "auto", "train.steps": 5, "data.train": one_less})
@@ -86,14 +86,14 @@ def test_what_the_trainer_cannot_do_is_refused(tmp_path):
 
 
 def test_a_refused_command_leaves_the_runs_record_alone(tmp_path):
-    on_world(1, RANKS, "train", overrides=BASE | {"run_dir": tmp_path / "run"})
+    on_ranks(1, RANKS, "train", overrides=BASE | {"run_dir": tmp_path / "run"})
     record = (tmp_path / "run" / "config.yaml").read_text()
     _error(**{"run_dir": tmp_path / "run", "checkpoint.resume": "auto", "train.steps": 5, "seed": 77})
     assert (tmp_path / "run" / "config.yaml").read_text() == record
 
 
 def test_a_new_learning_rate_holds_after_a_resume(tmp_path):
-    on_world(1, RANKS, "train", overrides=BASE | {"run_dir": tmp_path / "run"})
-    lines = on_world(1, RANKS, "train", overrides=BASE | {
+    on_ranks(1, RANKS, "train", overrides=BASE | {"run_dir": tmp_path / "run"})
+    lines = on_ranks(1, RANKS, "train", overrides=BASE | {
         "run_dir": tmp_path / "run", "checkpoint.resume": "auto", "train.steps": 5, "train.lr": 1e-5, "train.lr_decay": "constant"})[0]
     assert lines[-1]["train/lr"] == pytest.approx(1e-5)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests import tolerances as tol
-from tests.spawn import on_world
+from tests.spawn import on_ranks
 
 RANKS = "tests.trainer.ranks"
 STEPS = 20
@@ -24,7 +24,7 @@ LAYOUTS = {
 
 
 def _train(size: int, run_dir, **overrides) -> list[dict]:
-    return on_world(size, RANKS, "train", overrides=SMALL | {"run_dir": run_dir} | overrides)[0]
+    return on_ranks(size, RANKS, "train", overrides=SMALL | {"run_dir": run_dir} | overrides)[0]
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +70,8 @@ def test_a_resumed_run_repeats_the_undisturbed_one(size, overrides, warm, proble
 def test_sft_is_megatron_cores_own_cross_entropy(size, overrides, problems, tmp_path):
     """One step's gradient of every parameter; a vocabulary without padding, because megatron-core counts padded columns."""
     overrides = SMALL | {"loss.name": "sft", "data.bpe_vocab_size": 320, "model.make_vocab_size_divisible_by": 64, "train.global_batch": 8} | problems | overrides
-    ours = on_world(size, RANKS, "one_gradient", overrides=overrides | {"run_dir": tmp_path / "a"}, loss="sft")
-    theirs = on_world(size, RANKS, "one_gradient", overrides=overrides | {"run_dir": tmp_path / "b"}, loss="megatron")
+    ours = on_ranks(size, RANKS, "one_gradient", overrides=overrides | {"run_dir": tmp_path / "a"}, loss="sft")
+    theirs = on_ranks(size, RANKS, "one_gradient", overrides=overrides | {"run_dir": tmp_path / "b"}, loss="megatron")
     for (our_loss, our_gradients), (their_loss, their_gradients) in zip(ours, theirs, strict=True):
         assert our_loss == pytest.approx(their_loss, rel=1e-6)
         assert our_gradients.keys() == their_gradients.keys()

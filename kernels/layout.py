@@ -25,6 +25,10 @@ class Shard:
         """Factor from raw logits to base-2 exponents, rounded to the working dtype: what the kernels multiply by."""
         return float(torch.tensor(math.log2(math.e) / self.temperature, dtype=dtype))
 
+    def arguments(self) -> tuple[int, int, int, float]:
+        """The fields in order, as the torch.library ops take them."""
+        return self.vocab_start, self.vocab_size, self.ignore_index, self.temperature
+
     def columns(self, logits: Tensor) -> int:
         """Columns of this shard inside the true vocabulary."""
         return max(0, min(logits.shape[1], self.vocab_size - self.vocab_start))
@@ -56,6 +60,19 @@ class KernelCall:
 def vector_width(logits: Tensor) -> int:
     """Elements in 16 bytes, the widest load of a thread."""
     return 16 // logits.element_size()
+
+
+def shared_vector(logits: Tensor, out: Tensor) -> int:
+    """Elements per vector when `logits` are read and `out` is written side by side; ValueError where their rows are not aligned alike."""
+    width = max(vector_width(logits), vector_width(out))
+    if logits.dtype != out.dtype:
+        for name, x in (("logits", logits), ("out", out)):
+            if x.stride(0) % width or x.data_ptr() % 16:
+                raise ValueError(
+                    f"{name} rows have stride {x.stride(0)} and start at byte {x.data_ptr() % 16} of 16; logits in {logits.dtype} with a gradient in "
+                    f"{out.dtype} need rows that start at 16-byte boundaries and strides that are multiples of {width}"
+                )
+    return width
 
 
 def aligned_rows(logits: Tensor) -> tuple[Tensor, int]:

@@ -27,7 +27,8 @@ def _(logits, labels, vocab_start, vocab_size, ignore_index, temperature):
     return logits.new_empty((logits.shape[0], 4), dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
-def _write_grad(logits: Tensor, out: Tensor, labels: Tensor, rows: Tensor, grads: Tensor, shard: Shard) -> None:
+def write_grad(logits: Tensor, out: Tensor, labels: Tensor, rows: Tensor, grads: Tensor, shard: Shard) -> None:
+    """dF/dlogits [T, V] into `out` by the selected implementation; autograd and its version counters do not see it."""
     if select(logits) == "triton":
         from megatron_plugin.kernels.grad import grad_triton as run
     else:
@@ -41,7 +42,7 @@ def grad(
     vocab_start: int, vocab_size: int, ignore_index: int, temperature: float,
 ) -> Tensor:
     out = empty_like_rows(logits)
-    _write_grad(logits, out, labels, rows, grads, Shard(vocab_start, vocab_size, ignore_index, temperature))
+    write_grad(logits, out, labels, rows, grads, Shard(vocab_start, vocab_size, ignore_index, temperature))
     return out
 
 
@@ -55,7 +56,7 @@ def grad_(
     logits: Tensor, labels: Tensor, rows: Tensor, grads: Tensor,
     vocab_start: int, vocab_size: int, ignore_index: int, temperature: float,
 ) -> None:
-    _write_grad(logits, logits, labels, rows, grads, Shard(vocab_start, vocab_size, ignore_index, temperature))
+    write_grad(logits, logits, labels, rows, grads, Shard(vocab_start, vocab_size, ignore_index, temperature))
 
 
 @grad_.register_fake

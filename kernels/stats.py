@@ -34,19 +34,9 @@ def _fold(m2, s, t, x, scale2):
 
 
 @triton.jit
-def stats_kernel(
-    X, LABELS, OUT,                                     # [T, V] logits (16-byte aligned pointer), [T] int64, [T, 4] fp32
-    stride, lead, V, vocab_start, ignore_index, scale2,
-    VEC: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-):
-    """OUT[row] = (m2, s, t, z_y); z_y = -inf where this shard does not hold the label.  A masked row is not read."""
-    row = tl.program_id(0).to(tl.int64)
-    label = tl.load(LABELS + row)
-    masked = label == ignore_index
-    V = tl.where(masked, 0, V)
-    first = row * stride + lead
+def row_partials(X, first, V, y, scale2, VEC: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    """(m2, s, t in base-2 units, z_y) of the V columns from element `first` on; z_y = -inf unless 0 <= y < V."""
     head, body = aligned_body(first, V, VEC)
-
     column, real = edge_columns(head, body, V, VEC)
     edges = tl.load(X + first + column, mask=real, other=-float("inf")).to(tl.float32)
     nothing = tl.full((), 0.0, tl.float32)
@@ -61,9 +51,22 @@ def stats_kernel(
     rest = tl.multiple_of(body - full * BLOCK, VEC)
     x = tl.load(x_body + full * BLOCK + lane, mask=lane < rest, other=-float("inf")).to(tl.float32)
     m2, s, t = _fold(m2, s, t, x, scale2)
-
-    y = label - vocab_start
     z_label = tl.load(X + first + y, mask=(y >= 0) & (y < V), other=-float("inf")).to(tl.float32)
+    return m2, s, t, z_label
+
+
+@triton.jit
+def stats_kernel(
+    X, LABELS, OUT,                                     # [T, V] logits (16-byte aligned pointer), [T] int64, [T, 4] fp32
+    stride, lead, V, vocab_start, ignore_index, scale2,
+    VEC: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+):
+    """OUT[row] = (m2, s, t, z_y); z_y = -inf where this shard does not hold the label.  A masked row is not read."""
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(LABELS + row)
+    masked = label == ignore_index
+    V = tl.where(masked, 0, V)
+    m2, s, t, z_label = row_partials(X, row * stride + lead, V, label - vocab_start, scale2, VEC, BLOCK, STAGES)
     OUT += row * 4
     tl.store(OUT, tl.where(masked, 0.0, m2))
     tl.store(OUT + 1, tl.where(masked, 1.0, s))

@@ -2,19 +2,23 @@
 
 # Modules, not functions: `from .dft import dft` would put the function in the place of the module megatron_plugin.losses.dft.
 from megatron_plugin.losses import chord, dft, eaft, grpo, idft, luffy, sft, srft
-from megatron_plugin.losses.contract import TokenLoss
+from megatron_plugin.losses.contract import LossFunction, TokenLoss
 
 __all__ = ["LOSSES"]
 
+def _loss(fn: LossFunction, twin: str) -> TokenLoss:
+    return TokenLoss(fn, twin=f"megatron_plugin.kernels.weighting.{twin}")
+
+
 LOSSES: dict[str, TokenLoss] = {
-    "sft": TokenLoss(sft.sft),
-    "dft": TokenLoss(dft.dft),
-    "sft_is": TokenLoss(dft.sft_is),
-    "gce": TokenLoss(dft.gce),
-    "chord_phi": TokenLoss(chord.chord_phi),
-    "idft": TokenLoss(idft.idft),
-    "eaft": TokenLoss(eaft.eaft),
-    "srft_demo": TokenLoss(srft.srft_demo),
-    "luffy": TokenLoss(luffy.luffy),
-    "grpo": TokenLoss(grpo.grpo),
+    "sft": _loss(sft.sft, "sft"),
+    "dft": _loss(dft.dft, "dft"),
+    "sft_is": _loss(dft.sft_is, "dft"),
+    "gce": _loss(dft.gce, "gce"),
+    "chord_phi": _loss(chord.chord_phi, "chord_phi"),
+    "idft": _loss(idft.idft, "idft"),
+    "eaft": _loss(eaft.eaft, "eaft"),
+    "srft_demo": _loss(srft.srft_demo, "srft_demo"),
+    "luffy": _loss(luffy.luffy, "luffy"),
+    "grpo": _loss(grpo.grpo, "grpo"),
 }

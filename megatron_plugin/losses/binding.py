@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -37,14 +38,14 @@ def bind(loss: str | Callable | TokenLoss, /, **params: float | Tensor) -> Token
     added = {name: value for name, value in params.items() if name in REGULARISERS}
     for name, value in added.items():
         check_number(found.name, name, value)
-    bound = TokenLoss(found.fn, {**found.params, **own}, {**found.regularisers, **added}, found.token_local, bound=True)
+    bound = TokenLoss(found.fn, {**found.params, **own}, {**found.regularisers, **added}, found.token_local, found.twin, bound=True)
     _check_parameters(bound)
     if _is_built_in(bound):
         if own:
             check_once(bound)
         return bound
     local = is_token_local(bound) and found.token_local
-    return TokenLoss(bound.fn, bound.params, bound.regularisers, local, bound=True)
+    return replace(bound, token_local=local)
 
 
 def _find(loss: str | Callable | TokenLoss) -> TokenLoss:

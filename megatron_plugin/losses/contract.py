@@ -104,6 +104,8 @@ class TokenLoss:
     """Coefficients of regularisers.REGULARISERS added to every token's loss."""
     token_local: bool = True
     """True when each token's term depends on that token alone, so gradients may be formed inside the forward."""
+    twin: Callable | str | None = None
+    """The same loss as a @triton.jit function (kernels/weighting.py), or its dotted path; None: its terms are formed in PyTorch on [T] vectors."""
     bound: bool = False
     """Set by `bind`: parameters checked and token_local probed, so binding again costs nothing."""
 

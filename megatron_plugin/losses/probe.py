@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from megatron_plugin.losses.contract import BASE_METRICS, TermsError, TokenInputs, TokenLoss, TokenStats
+from megatron_plugin.losses.contract import BASE_METRICS, LossFunction, TermsError, TokenInputs, TokenLoss, TokenStats
 
-__all__ = ["check_once", "is_token_local", "metric_names"]
+__all__ = ["check_once", "is_token_local", "metric_names", "own_metrics"]
 
 SPLITS = ((1, 1), (1, 6), (7, 1), (9, 24))
 """Sizes of x and y.  A part of one token is its own mean, quantile and first of a cumsum, which the whole is not; 24 tokens hold groups."""
@@ -153,12 +155,35 @@ def is_token_local(loss: TokenLoss) -> bool:
     return False
 
 
+def own_metrics(loss: TokenLoss, given: frozenset[str]) -> tuple[str, ...]:
+    """Names of the metrics that the function of `loss` reports when the inputs called `given` are there; tried on made-up tokens.
+
+    ValueError where the loss needs an input that is not given.  Kept for a loss with a twin, whose function is not called otherwise.
+    """
+    defaults = {p.name: p.default for p in inspect.signature(loss.fn).parameters.values() if p.default is not p.empty}
+    # reading a tensor would wait for the GPU; a default is as good, names do not depend on it
+    numbers = {name: defaults.get(name, 1.0) if isinstance(value, Tensor) else value for name, value in loss.params.items()}
+    if loss.twin is None:
+        return _try_metrics(loss.fn, given, tuple(numbers.items()))
+    return _kept_metrics(loss.fn, given, tuple(numbers.items()))
+
+
+def _try_metrics(fn: LossFunction, given: frozenset[str], params: tuple[tuple[str, float], ...]) -> tuple[str, ...]:
+    stats, inputs = _plausible(3)
+    plain = {name: x for name, x in inputs.tensors().items() if name in given | {"coefficient"}}
+    extra = inputs.extra if any(name.startswith("extra.") for name in given) else {}
+    loss = TokenLoss(fn, dict(params)).for_vocabulary(VOCABULARY)
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        return tuple(loss(stats, TokenInputs(**plain, extra=extra)).metrics)
+
+
+_kept_metrics = lru_cache(maxsize=256)(_try_metrics)
+
+
 def metric_names(loss: TokenLoss) -> list[str]:
     """Names of what `loss` reports when it is given no inputs beside a coefficient, "lm loss" included.
 
     ValueError where the loss needs more (an advantage, say): supervised training has none to give.
     """
-    stats, _ = _plausible(3)
-    with torch.no_grad():
-        terms = _on_cpu(loss)(stats, TokenInputs(coefficient=torch.ones(3)))
-    return ["lm loss", *(name for name in BASE_METRICS if name != "loss"), *terms.metrics]
+    own = own_metrics(loss, frozenset())
+    return ["lm loss", *(name for name in BASE_METRICS if name != "loss"), *own, *loss.regularisers]

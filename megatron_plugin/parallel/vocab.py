@@ -1,6 +1,5 @@
 """Tensor parallelism of the vocabulary: which columns a rank holds, and the one collective that joins the ranks' statistics."""
 
-from collections.abc import Callable
 from functools import lru_cache, partial
 
 import torch
@@ -8,8 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_plugin.kernels.layout import Shard
-from megatron_plugin.kernels.partials import merge_partials
-from megatron_plugin.kernels.token_stats import one_shard
+from megatron_plugin.kernels.token_stats import Gather, one_shard
 
 
 def all_gather(gathered: Tensor, mine: Tensor, group: dist.ProcessGroup) -> None:
@@ -26,10 +24,10 @@ def _layout_row(shard: Shard, columns: int, dtype: torch.dtype, device: torch.de
     return torch.tensor([[shard.vocab_start, columns, shard.vocab_size, 0]], dtype=dtype, device=device)
 
 
-def gather_and_merge(group: dist.ProcessGroup, shard: Shard, columns: int, partials_T4: Tensor) -> Tensor:
-    """[T, 4] partials of this rank -> [T, 4] of the whole vocabulary, by one all-gather of 16 bytes per token and rank.
+def gather_partials(group: dist.ProcessGroup, shard: Shard, columns: int, partials_T4: Tensor) -> Tensor:
+    """[T, 4] partials of this rank -> [R, T, 4] of all ranks, by one all-gather of 16 bytes per token and rank.
 
-    Every rank merges the same numbers in rank order, so all of them hold the same bits; the backward needs no collective.  One more
+    Every rank goes on to merge the same numbers in rank order, so all of them hold the same bits; the backward needs no collective.  One more
     row travels along and says which columns the rank holds: shards that leave a gap or overlap raise ValueError on every rank (on a
     GPU, where looking would stall the queue, they make every statistic NaN).
     """
@@ -47,12 +45,12 @@ def gather_and_merge(group: dist.ProcessGroup, shard: Shard, columns: int, parti
             f"the shards of the {ranks} tensor-parallel ranks hold columns {held}, which do not tile the vocabulary [0, {int(size_R.max())}): "
             "equal shards need no vocab_start; uneven ones need each rank's own vocab_start and the same vocab_size on every rank"
         )
-    return merge_partials(gathered_RT4[:, :-1]).where(fits, torch.nan)
+    return gathered_RT4[:, :-1].where(fits, torch.nan)
 
 
-def merge_over(group: dist.ProcessGroup | None, shard: Shard, columns: int) -> Callable[[Tensor], Tensor]:
-    """The merge that the op calls between its two passes."""
-    return one_shard if group is None or dist.get_world_size(group) == 1 else partial(gather_and_merge, group, shard, columns)
+def gather_over(group: dist.ProcessGroup | None, shard: Shard, columns: int) -> Gather:
+    """What an op does between its two passes."""
+    return one_shard if group is None or dist.get_world_size(group) == 1 else partial(gather_partials, group, shard, columns)
 
 
 def shard_of(

@@ -14,8 +14,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from megatron_plugin.kernels import grad, stats
-from megatron_plugin.kernels.layout import Shard, empty_like_rows
+from megatron_plugin.kernels import grad, loss, stats, weighting
+from megatron_plugin.kernels.layout import KernelCall, Shard, empty_like_rows
+from megatron_plugin.kernels.objective import Objective, Twin
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -52,17 +53,34 @@ class OfflineDriver:
         return ty_to_cpp(ty)
 
 
+OBJECTIVES = {
+    "idft": Twin(weighting.idft, (1.0, 0.1, 2.0, 1.0), metrics=1),
+    "grpo": Twin(weighting.grpo, (0.2, 0.2, 3.0), metrics=2),
+}
+"""The longest weightings: one by statistics, one by inputs."""
+
+
 def launches(dtype: torch.dtype, V: int, stride: int, lead: int):
-    """Every kernel's launch on four rows of that layout: (name, call, elements per thread of its hot block)."""
-    logits = torch.empty(lead + 4 * stride, dtype=dtype).as_strided((4, V), (stride, 1), lead)
-    labels, rows, grads = torch.zeros(4, dtype=torch.int64), torch.zeros(4, 4), torch.zeros(4, 3)
+    """Every kernel's launch on four rows of that layout: (name, call)."""
+    T = 4
+    logits = torch.empty(lead + T * stride, dtype=dtype).as_strided((T, V), (stride, 1), lead)
+    labels, rows, grads = torch.zeros(T, dtype=torch.int64), torch.zeros(T, 4), torch.zeros(T, 3)
     shard = Shard(vocab_start=0, vocab_size=V, ignore_index=-100, temperature=1.0)
     padded = Shard(vocab_start=0, vocab_size=V - 1, ignore_index=-100, temperature=1.0)
-    elements = grad.BLOCK // (32 * grad.NUM_WARPS)
-    yield "stats", stats.stats_call(logits, labels, shard)[0], stats.BLOCK // (32 * stats.NUM_WARPS)
-    yield "grad", grad.grad_call(logits, empty_like_rows(logits), labels, rows, grads, shard), elements
-    yield "grad_in_place", grad.grad_call(logits, logits, labels, rows, grads, shard), elements
-    yield "grad_padded", grad.grad_call(logits, logits, labels, rows, grads, padded), elements
+    yield "stats", stats.stats_call(logits, labels, shard)[0]
+    yield "grad", grad.grad_call(logits, empty_like_rows(logits), labels, rows, grads, shard)
+    yield "grad_in_place", grad.grad_call(logits, logits, labels, rows, grads, shard)
+    yield "grad_padded", grad.grad_call(logits, logits, labels, rows, grads, padded)
+    if dtype == torch.float32 and stride % 8 == lead == 0:  # bf16 gradient of fp32 chunk logits
+        narrow = torch.empty(T, stride, dtype=torch.bfloat16)[:, :V]
+        yield "grad_narrowing", grad.grad_call(logits, narrow, labels, rows, grads, shard)
+    inputs = dict(coefficient=torch.ones(T), advantage=torch.ones(T), old_logp=torch.zeros(T, dtype=torch.bfloat16), expert=torch.ones(T) > 0)
+    for name, twin in OBJECTIVES.items():
+        objective = Objective(terms=None, inputs=inputs, grad_scale=torch.ones(()), z_loss=1e-4, twin=twin)
+        yield f"loss_{name}", loss.loss_call(logits, logits, labels, shard, objective)[0]
+    yield "loss_values", loss.loss_call(logits, None, labels, shard, objective)[0]
+    partials = torch.zeros(8, T + 1, 4)[:, :-1]
+    yield "loss_split", loss.loss_call(logits, logits, labels, shard, objective, partials)[0]
 
 
 def _sass(cubin: bytes) -> tuple[list[tuple[int, str]], dict]:
@@ -76,32 +94,32 @@ def _sass(cubin: bytes) -> tuple[list[tuple[int, str]], dict]:
     return code, dict(registers=int(usage[1]), stack=int(usage[2]))
 
 
-def _hot_block(code: list[tuple[int, str]]) -> list[str]:
-    """The longest loop, or where there is none the stretch that holds the 128-bit loads and stores."""
-    loops = []
+def _loops(code: list[tuple[int, str]]) -> list[list[str]]:
+    """The body of every loop."""
+    bodies = []
     for address, op in code:
         target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", op)
         if target and int(target[1], 16) < address:
-            loops.append([o for a, o in code if int(target[1], 16) <= a <= address])
-    if loops:
-        return max(loops, key=len)
-    wide = [i for i, (_, op) in enumerate(code) if re.search(r"(LDG|STG)\.E[\w.]*\.128", op)]
-    return [op for _, op in code[: wide[-1] + 1]] if wide else [op for _, op in code]
+            bodies.append([o for a, o in code if int(target[1], 16) <= a <= address])
+    return bodies
 
 
-def facts(compiled, elements: int) -> dict:
+def facts(call: KernelCall) -> dict:
+    compiled = call.compile()
+    elements = call.options["BLOCK"] // (32 * call.options["num_warps"])  # of a thread, per block
     code, usage = _sass(compiled.asm["cubin"])
-    hot = _hot_block(code)
+    hot = [body for body in _loops(code) if any("MUFU.EX2" in op for op in body)]
     count = lambda pattern, ops: sum(bool(re.search(pattern, op)) for op in ops)  # noqa: E731
     everything = [op for _, op in code]
     return dict(
         usage, shared=compiled.metadata.shared,
         spills=count(r"\b(LDL|STL)\b", everything),
-        hot_narrow_loads=count(r"LDG\.E\.(U16|S16|U8)|LDG\.E\b(?!\.\w)", hot),
+        hot_loops=len(hot),
+        hot_narrow_loads=sum(count(r"LDG\.E\.(U16|S16|U8)|LDG\.E\b(?!\.\w)", body) for body in hot),
         wide_loads=count(r"(LDG\.E[\w.]*|LDGSTS\.E[\w.]*)\.128", everything),
         wide_stores=count(r"STG\.E[\w.]*\.128", everything),
-        instructions_per_element=round(len(hot) / elements, 2),
-        exp2_per_element=round(count(r"MUFU\.EX2", hot) / elements, 2),
+        instructions_per_element=[round(len(body) / elements, 2) for body in hot],
+        exp2_per_element=[round(count(r"MUFU\.EX2", body) / elements, 2) for body in hot],
         keeps_nan=".NaN.f32" in compiled.asm["ptx"],
     )
 
@@ -112,13 +130,13 @@ def main() -> None:
         driver.set_active(OfflineDriver(capability))
         for dtype_name, dtype in DTYPES.items():
             for layout_name, layout in LAYOUTS.items():
-                if capability != 90 and layout_name not in ("qwen", "gpt2"):
+                if capability != 90 and layout_name != "gpt2":
                     continue
-                for kernel, call, elements in launches(dtype, *layout):
-                    for cache in (stats.stats_kernel, grad.grad_kernel):
+                for kernel, call in launches(dtype, *layout):
+                    for cache in (stats.stats_kernel, grad.grad_kernel, loss.loss_kernel):
                         cache.device_caches.clear()  # the cache does not know that the stand-in architecture changed
                     row = dict(sm=capability, kernel=kernel, dtype=dtype_name, layout=layout_name)
-                    report.append(row | facts(call.compile(), elements))
+                    report.append(row | facts(call))
     print(json.dumps(report))
 
 

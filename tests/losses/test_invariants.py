@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from megatron_plugin.kernels.token_stats import TokenStats
 from megatron_plugin.losses.binding import bind
 from megatron_plugin.losses.contract import TokenInputs
-from megatron_plugin.losses.reduction import reduce_terms
+from megatron_plugin.losses.reduction import evaluate_loss
 from tests.losses.oracle import DETACHED, FORMULAE, FP64, VOCAB, dense_stats, random_tokens
 
 
@@ -126,7 +126,7 @@ def test_mixture_is_linear_in_mu():
 
     def total(name, share):
         given = TokenInputs(advantage=inputs.advantage, old_logp=inputs.old_logp, coefficient=torch.full((64,), share))
-        return reduce_terms(stats, bind(name)(stats, given), given, live).loss_sum
+        return evaluate_loss(bind(name), stats, given, live).loss_sum
 
     def mixed(mu):
         return total("grpo", 1 - mu) + total("chord_phi", mu)

@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 
+from megatron_plugin.kernels.objective import COLUMNS
 from megatron_plugin.kernels.token_stats import TokenStats
 from megatron_plugin.losses.binding import bind
 from megatron_plugin.losses.contract import BASE_METRICS, TokenInputs, TokenTerms
-from megatron_plugin.losses.reduction import evaluate_loss, reduce_terms
+from megatron_plugin.losses.reduction import evaluate_loss, term_table
 from tests.losses.oracle import FORMULAE
 
 LIVE = torch.tensor([True, False, True, True])
@@ -22,7 +23,7 @@ def leaves(logp=(-1.0, 0.0, -2.0, -0.5), entropy=(0.5, 0.0, 1.0, 2.0), dtype=tor
 
 def reduced(loss, inputs=None, live=LIVE, stats=None):
     stats, inputs = stats or leaves(), inputs or TokenInputs()
-    return stats, reduce_terms(stats, loss(stats, inputs), inputs, live)
+    return stats, evaluate_loss(loss, stats, inputs, live)
 
 
 def test_by_hand():
@@ -83,12 +84,14 @@ def test_nothing_in_a_masked_row_matters(name, poison):
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_reduce_terms_sends_exact_zeros_into_masked_terms(poison):
+def test_the_table_sends_exact_zeros_into_masked_terms(poison):
     term_T = torch.tensor([1.0, poison, 2.0, 3.0], requires_grad=True)
     inputs = TokenInputs(coefficient=torch.tensor([0.5, poison, 1.0, 1.0]))
-    out = reduce_terms(leaves(), TokenTerms(loss=term_T, weight=term_T.detach(), metrics={"own": term_T.detach()}), inputs, LIVE)
-    out.loss_sum.backward()
-    assert out.loss_sum.item() == 5.5 and term_T.grad.tolist() == [0.5, 0.0, 1.0, 1.0] and out.metric_sums["own"] == 6
+    terms = TokenTerms(loss=term_T, weight=term_T.detach(), metrics={"own": term_T.detach()})
+    table_CT, weighted_T = term_table(leaves(), terms, inputs, LIVE)
+    weighted_T.sum().backward()
+    assert weighted_T.sum() == 5.5 and term_T.grad.tolist() == [0.5, 0.0, 1.0, 1.0]
+    assert len(table_CT) == len(COLUMNS) + 1 and table_CT[-1].sum() == 6 and table_CT[COLUMNS.index("weighted_loss")].sum() == 5.5
 
 
 def test_nan_in_a_live_row_is_seen():
@@ -132,7 +135,7 @@ def test_effective_sample_size_from_the_sums():
 
 def test_a_reduced_term_is_refused():
     with pytest.raises(ValueError, match=r"'loss' of shape \[\] for tokens of shape \[4\], expected one value per token"):
-        reduce_terms(leaves(), TokenTerms(loss=torch.tensor(1.0)), TokenInputs(), LIVE)
+        term_table(leaves(), TokenTerms(loss=torch.tensor(1.0)), TokenInputs(), LIVE)
 
 
 def test_nothing_is_read_back_from_the_device():

@@ -19,12 +19,13 @@ def shard_results(group, *, logits, labels, bounds, grads, vocab_size=None, back
     return tuple(x.detach() for x in stats) + (grad,)
 
 
-def loss_results(group, *, logits, labels, loss, params, inputs, vocab_size):
+def loss_results(group, *, logits, labels, loss, params, inputs, vocab_size, backend="auto"):
     """token_loss on an equal split: (loss, gradient of this rank's columns, metric sums)."""
     from megatron_plugin import bind
 
     shard = logits.chunk(dist.get_world_size(group), -1)[dist.get_rank(group)].clone().requires_grad_()
-    out = token_loss(shard, labels, bind(loss, **params), inputs=TokenInputs(**inputs), tp_group=group, vocab_size=vocab_size)
+    with use_backend(backend):
+        out = token_loss(shard, labels, bind(loss, **params), inputs=TokenInputs(**inputs), tp_group=group, vocab_size=vocab_size)
     out.loss_sum.backward()
     return out.loss_sum.detach(), shard.grad, {k: float(v) for k, v in out.metric_sums.items()}
 

@@ -88,16 +88,19 @@ def test_masked_rows_full_of_nan_on_one_rank_only():
 
 @pytest.mark.parametrize("loss, params", [("dft", {}), ("chord_phi", {}), ("idft", {}), ("eaft", {}), ("sft", {"entropy_bonus": 0.1, "z_loss": 0.01}),
                                           ("grpo", {}), ("luffy", {}), ("srft_demo", {})], ids=str)
-def test_losses_are_the_same_number_at_every_size(loss, params):
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_losses_are_the_same_number_at_every_size(loss, params, backend):
+    """One kernel for a whole vocabulary; two around the all-gather for a split one."""
     T, size = 9, 4
     logits, labels = torch.randn(T, V) * 2, torch.randint(0, 1200, (T,))
     labels[4] = -100
     inputs = dict(coefficient=torch.rand(T), advantage=torch.randn(T), old_logp=-torch.rand(T) * 9)
-    arguments = dict(logits=logits, labels=labels, loss=loss, params=params, inputs=inputs, vocab_size=1200)
+    arguments = dict(logits=logits, labels=labels, loss=loss, params=params, inputs=inputs, vocab_size=1200, backend=backend)
     ((dense, dense_grad, dense_metrics),) = on_ranks(1, RANKS, "loss_results", **arguments)
     split = on_ranks(size, RANKS, "loss_results", **arguments)
     for value, _, metrics in split:
         torch.testing.assert_close(value, dense, atol=0, rtol=1e-6)
+        assert torch.equal(value, split[0][0]), "ranks must hold the same bits"
         assert metrics == pytest.approx(dense_metrics, rel=2e-6, abs=2e-6)
     torch.testing.assert_close(torch.cat([g for _, g, _ in split], 1), dense_grad, atol=tol.TP_GRAD, rtol=1e-5)
 

@@ -1,4 +1,4 @@
-"""The public ops: logits and labels in, statistics or a weighted loss out, the same under every tensor-parallel split."""
+"""Ops on logits: logits and labels in, statistics or a weighted loss out, the same under every tensor-parallel split."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_plugin.kernels.token_loss import token_loss_table
 from megatron_plugin.kernels.token_stats import TokenStats
 from megatron_plugin.kernels.token_stats import token_stats as shard_token_stats
 from megatron_plugin.losses.binding import bind
 from megatron_plugin.losses.contract import TokenInputs, TokenLoss
-from megatron_plugin.losses.reduction import LossOutput, PerToken, evaluate_loss
-from megatron_plugin.parallel.vocab import merge_over, shard_of
+from megatron_plugin.losses.objective import objective_of
+from megatron_plugin.losses.reduction import LossOutput, PerToken, evaluate_loss, output_of_table
+from megatron_plugin.ops.checks import checked_inputs, checked_labels
+from megatron_plugin.parallel.vocab import gather_over, shard_of
 
 __all__ = ["token_loss", "token_stats"]
 
@@ -45,7 +48,7 @@ def token_stats(
     shard = shard_of(
         logits.shape[-1], tp_group, vocab_start=vocab_start, vocab_size=vocab_size, temperature=temperature, ignore_index=ignore_index
     )
-    return shard_token_stats(logits, labels, shard, merge=merge_over(tp_group, shard, logits.shape[-1]), overwrite_logits=overwrite_logits)
+    return shard_token_stats(logits, labels, shard, gather=gather_over(tp_group, shard, logits.shape[-1]), overwrite_logits=overwrite_logits)
 
 
 def token_loss(
@@ -61,51 +64,38 @@ def token_loss(
     ignore_index: int = -100,
     overwrite_logits: bool = False,
 ) -> LossOutput:
-    """Sum of a weighted token loss with its metrics: what megatron-core's loss_func returns, before any division.
+    """Sum of a weighted token loss with its metrics: what megatron-core's loss_func returns, before any division (one-pass).
+
+    A token-local loss is weighed and differentiated inside the forward: one kernel on a GPU whose loss has a twin, two around one
+    all-gather under `tp_group`.  A loss that needs other tokens first runs in two passes, with the same result.
 
     loss: a name in LOSSES, a dotted path, a function (stats, inputs) -> TokenTerms, or what `bind` returns.  inputs: per-token tensors
-    of labels' shape; a token whose coefficient is 0 is masked as if it were labelled ignore_index.  The rest as in `token_stats`.
+    of labels' shape; a token whose coefficient is 0 is masked as if it were labelled ignore_index.  overwrite_logits: the gradient takes
+    the place of the logits, for a token-local loss already in the forward.  The rest as in `token_stats`.
 
     loss_sum: 0-d with gradient, sum of coefficient x loss over live tokens.  num_tokens: 0-d int32, live tokens.  metric_sums: 0-d sums
     over live tokens.  per_token: detached tensors of labels' shape.  Nothing here waits for the GPU.
     """
     loss = bind(loss)
     labels = _checked_labels(logits, labels)
-    inputs = _checked_inputs(inputs, labels)
+    inputs = checked_inputs(inputs, labels)
     if inputs.coefficient is not None:
         labels = labels.masked_fill(inputs.coefficient == 0, ignore_index)
-    shard = shard_of(
-        logits.shape[-1], tp_group, vocab_start=vocab_start, vocab_size=vocab_size, temperature=temperature, ignore_index=ignore_index
-    )
-    stats = shard_token_stats(logits, labels, shard, merge=merge_over(tp_group, shard, logits.shape[-1]), overwrite_logits=overwrite_logits)
-    flat = TokenStats(*(x.view(-1) for x in stats))
-    live = labels.view(-1) != ignore_index
-    out = evaluate_loss(loss.for_vocabulary(shard.vocab_size), flat, inputs.map(lambda x: x.reshape(-1)), live)
-    return out._replace(per_token=PerToken(*(x.view(labels.shape) for x in out.per_token)))
+    columns = logits.shape[-1]
+    shard = shard_of(columns, tp_group, vocab_start=vocab_start, vocab_size=vocab_size, temperature=temperature, ignore_index=ignore_index)
+    gather = gather_over(tp_group, shard, columns)
+    loss, flat, live = loss.for_vocabulary(shard.vocab_size), inputs.map(lambda x: x.reshape(-1)), labels.view(-1) != ignore_index
+    if not loss.token_local:
+        stats = shard_token_stats(logits, labels, shard, gather=gather, overwrite_logits=overwrite_logits)
+        out = evaluate_loss(loss, TokenStats(*(x.view(-1) for x in stats)), flat, live)
+        return out._replace(per_token=PerToken(*(x.view(labels.shape) for x in out.per_token)))
+    objective, own_metrics = objective_of(loss, flat)
+    loss_sum, table_CT = token_loss_table(logits, labels, shard, objective, gather=gather, overwrite_logits=overwrite_logits)
+    return output_of_table(table_CT, loss_sum, live.sum(dtype=torch.int32), loss, own_metrics, labels.shape)
 
 
 def _checked_labels(logits: Tensor, labels: Tensor) -> Tensor:
     """labels as contiguous int64; ValueError when they cannot belong to these logits."""
     if logits.dim() < 1 or logits.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"logits must be floating point [..., vocabulary] in fp32, bf16, fp16 or fp64, got {logits.dtype} {list(logits.shape)}")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"labels must be integer ids, got {labels.dtype}; use labels.long() if they are ids")
-    if labels.shape != logits.shape[:-1]:
-        raise ValueError(
-            f"labels {list(labels.shape)} do not fit logits {list(logits.shape)}: expected {list(logits.shape[:-1])}, one id per row"
-        )
-    if labels.device != logits.device:
-        raise ValueError(f"labels are on {labels.device}, logits on {logits.device}; move the labels with labels.to(logits.device)")
-    return labels.long().contiguous()
-
-
-def _checked_inputs(inputs: TokenInputs | None, labels: Tensor) -> TokenInputs:
-    inputs = TokenInputs() if inputs is None else inputs
-    for name, x in inputs.tensors().items():
-        if x.shape != labels.shape or x.device != labels.device:
-            raise ValueError(
-                f"inputs.{name} is {list(x.shape)} on {x.device}; expected one value per label, {list(labels.shape)} on {labels.device}"
-            )
-        if x.requires_grad:
-            raise ValueError(f"inputs.{name} requires a gradient; inputs are constants of the step: pass inputs.{name}.detach()")
-    return inputs
+    return checked_labels(labels, shape=logits.shape[:-1], beside="logits", like=logits)

@@ -1,0 +1,64 @@
+"""A token-local loss as the one-pass ops see it: PyTorch terms with their derivatives, and the twin where there is one.  T: tokens."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from megatron_plugin.kernels.objective import COLUMNS, MAX_PARAMS, Number, Objective, Twin
+from megatron_plugin.losses.contract import TokenInputs, TokenLoss, TokenStats
+from megatron_plugin.losses.probe import own_metrics
+from megatron_plugin.losses.reduction import masked_terms, term_table
+from megatron_plugin.losses.regularisers import REGULARISERS
+
+__all__ = ["objective_of", "resolve_twin"]
+
+
+def objective_of(loss: TokenLoss, inputs: TokenInputs, *, grad_scale: Number = 1.0) -> tuple[Objective, tuple[str, ...]]:
+    """The objective of `loss` on these tokens ([T] inputs), and the names of its own metrics.
+
+    ValueError when the loss needs an input that is missing: found out here, since a twin would run without.
+    """
+    metrics = own_metrics(loss, frozenset(inputs.tensors()))
+
+    def terms(stats: TokenStats, live: Tensor, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        plain = {name: x for name, x in given.items() if not name.startswith("extra.")}
+        extra = {name.removeprefix("extra."): x for name, x in given.items() if name.startswith("extra.")}
+        with torch.enable_grad():
+            leaves = TokenStats(*(torch.where(live, x, 0.0).detach().requires_grad_() for x in stats))
+            found, masked = masked_terms(loss, leaves, TokenInputs(**plain, extra=extra), live)
+            table_CT, weighted_T = term_table(leaves, found, masked, live)
+            slopes = torch.autograd.grad(weighted_T.sum(), leaves, allow_unused=True, materialize_grads=True)
+        a_T, b_T, c_T = slopes
+        a_T = torch.where(stats.logp.isnan(), stats.logp, a_T)  # the derivative of a clip is 0 at NaN, which would hide a stray label
+        grads_T3 = torch.where(live[:, None], torch.stack((a_T, b_T, c_T), -1), 0.0)  # NaN inputs of a masked token leave NaN derivatives
+        table_CT[COLUMNS.index("reach")] = grads_T3.abs().amax(-1)
+        return table_CT, grads_T3
+
+    twin = resolve_twin(loss)
+    twin = None if twin is None else Twin(twin, _twin_params(loss), len(metrics))
+    regularisers = {name: loss.regularisers.get(name, 0.0) for name in REGULARISERS}
+    return Objective(terms, inputs.tensors(), grad_scale, twin=twin, **regularisers), metrics
+
+
+def resolve_twin(loss: TokenLoss) -> Callable | None:
+    """The @triton.jit function of a loss; None without one, or where Triton is not installed."""
+    if not isinstance(loss.twin, str):
+        return loss.twin
+    if find_spec("triton") is None:
+        return None
+    module, _, name = loss.twin.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def _twin_params(loss: TokenLoss) -> tuple[Number, ...]:
+    """Values of the loss's keyword parameters in the order of its signature: p0, p1, ... of the twin."""
+    keywords = [p for p in list(inspect.signature(loss.fn).parameters.values())[2:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if len(keywords) > MAX_PARAMS:
+        raise ValueError(f"loss '{loss.name}' has {len(keywords)} parameters, a twin takes {MAX_PARAMS} (kernels/weighting.py); drop its twin")
+    return tuple(loss.params.get(p.name, p.default) for p in keywords)

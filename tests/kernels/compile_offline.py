@@ -1,11 +1,12 @@
 """Compile the launches that training makes, for GPUs that are not here, and print what the machine code holds as JSON.
 
-    python tests/kernels/compile_offline.py          (a process of its own: the interpreter and the compiler cannot share one)
+    python tests/kernels/compile_offline.py bf16 fp16     (a process of its own: the interpreter and the compiler cannot share one)
 """
 
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from megatron_plugin.kernels import grad, loss, stats, weighting
+from megatron_plugin.kernels import grad, loss, scale, stats, weighting
 from megatron_plugin.kernels.layout import KernelCall, Shard, empty_like_rows
 from megatron_plugin.kernels.objective import Objective, Twin
 
@@ -74,6 +75,7 @@ def launches(dtype: torch.dtype, V: int, stride: int, lead: int):
     if dtype == torch.float32 and stride % 8 == lead == 0:  # bf16 gradient of fp32 chunk logits
         narrow = torch.empty(T, stride, dtype=torch.bfloat16)[:, :V]
         yield "grad_narrowing", grad.grad_call(logits, narrow, labels, rows, grads, shard)
+    yield "scale", scale.scale_call(logits, torch.ones(()))
     inputs = dict(coefficient=torch.ones(T), advantage=torch.ones(T), old_logp=torch.zeros(T, dtype=torch.bfloat16), expert=torch.ones(T) > 0)
     for name, twin in OBJECTIVES.items():
         objective = Objective(terms=None, inputs=inputs, grad_scale=torch.ones(()), z_loss=1e-4, twin=twin)
@@ -108,7 +110,7 @@ def facts(call: KernelCall) -> dict:
     compiled = call.compile()
     elements = call.options["BLOCK"] // (32 * call.options["num_warps"])  # of a thread, per block
     code, usage = _sass(compiled.asm["cubin"])
-    hot = [body for body in _loops(code) if any("MUFU.EX2" in op for op in body)]
+    hot = [body for body in _loops(code) if any("MUFU.EX2" in op for op in body)] or _loops(code)
     count = lambda pattern, ops: sum(bool(re.search(pattern, op)) for op in ops)  # noqa: E731
     everything = [op for _, op in code]
     return dict(
@@ -124,16 +126,16 @@ def facts(call: KernelCall) -> dict:
     )
 
 
-def main() -> None:
+def main(dtypes: list[str]) -> None:
     report = []
     for capability in (80, 90, 100):
         driver.set_active(OfflineDriver(capability))
-        for dtype_name, dtype in DTYPES.items():
+        for dtype_name in dtypes:
             for layout_name, layout in LAYOUTS.items():
                 if capability != 90 and layout_name != "gpt2":
                     continue
-                for kernel, call in launches(dtype, *layout):
-                    for cache in (stats.stats_kernel, grad.grad_kernel, loss.loss_kernel):
+                for kernel, call in launches(DTYPES[dtype_name], *layout):
+                    for cache in (stats.stats_kernel, grad.grad_kernel, loss.loss_kernel, scale.scale_kernel):
                         cache.device_caches.clear()  # the cache does not know that the stand-in architecture changed
                     row = dict(sm=capability, kernel=kernel, dtype=dtype_name, layout=layout_name)
                     report.append(row | facts(call))
@@ -141,4 +143,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -8,6 +8,7 @@ from megatron_plugin.kernels.grad import grad_triton
 from megatron_plugin.kernels.layout import Shard
 from megatron_plugin.kernels.loss import loss_triton
 from megatron_plugin.kernels.objective import Objective, Twin
+from megatron_plugin.kernels.scale import scale_triton
 from megatron_plugin.kernels.stats import stats_triton
 
 if not torch.cuda.is_available():
@@ -55,3 +56,12 @@ def test_loss_reads_live_logits(T, V, masked, how, reads, writes):
         loss_triton(logits, None if how == "values" else logits, labels, shard, objective, partials)
     assert meter.passes("load") == pytest.approx(reads * (T - masked) / T, rel=1e-3)
     assert meter.passes("store") == pytest.approx(writes, rel=1e-3)
+
+
+@pytest.mark.parametrize("factor, passes", [(1.0, 0), (0.5, 1)])
+def test_a_factor_of_one_moves_nothing(factor, passes):
+    x = torch.randn(4, 5003).bfloat16()
+    expected = x * factor
+    with byte_meter(x) as meter:
+        scale_triton(x, torch.tensor(factor))
+    assert torch.equal(x, expected) and meter.passes("load") == meter.passes("store") == passes

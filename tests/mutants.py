@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-KEEP = ("kernels", "megatron_plugin", "tests", "examples", "configs", "pyproject.toml", "README.md", "requirements")
+KEEP = ("kernels", "csrc", "megatron_plugin", "tests", "examples", "configs", "pyproject.toml", "README.md", "requirements")
 WORKERS = 2
 TIMEOUT_S = 900
 
@@ -32,6 +32,7 @@ class Mutant:
 
 OPS, STATS, BAD = "tests/test_ops.py", "tests/kernels/test_token_stats.py", "tests/kernels/test_bad_rows.py"
 VOCAB, NORMALISER, OFFLINE = "tests/parallel/test_vocab.py", "tests/parallel/test_normaliser.py", "tests/kernels/test_compiled_offline.py"
+TWINS, ONE_PASS = "tests/kernels/test_weighting.py", "tests/kernels/test_token_loss.py"
 LOSSES, LAYOUTS = "tests/losses", "tests/trainer/test_layouts.py"
 
 MUTANTS = [
@@ -43,8 +44,8 @@ MUTANTS = [
     Mutant("SRFT's entropy sign is the released code's", "megatron_plugin/losses/srft.py", "entropy_sign: float | Tensor = -1.0", "entropy_sign: float | Tensor = 1.0", LOSSES),
     Mutant("mu is off by one step", "megatron_plugin/schedules/mu.py", "(step - warmup_steps) / decay_steps", "(step + 1 - warmup_steps) / decay_steps", "tests/schedules"),
     Mutant("masked tokens reach the sum through NaN inputs", "megatron_plugin/losses/reduction.py", "loss_T = torch.where(live, terms.loss, 0.0)", "loss_T = terms.loss * live", OPS),
-    Mutant("EAFT divides by the padded vocabulary", "megatron_plugin/ops.py", "for_vocabulary(shard.vocab_size)", "for_vocabulary(logits.shape[-1])", OPS),
-    Mutant("a coefficient of 0 does not mask the row", "megatron_plugin/ops.py", "labels.masked_fill(inputs.coefficient == 0, ignore_index)", "labels", OPS),
+    Mutant("EAFT divides by the padded vocabulary", "megatron_plugin/ops/logits.py", "for_vocabulary(shard.vocab_size)", "for_vocabulary(logits.shape[-1])", OPS),
+    Mutant("a coefficient of 0 does not mask the row", "megatron_plugin/ops/logits.py", "labels.masked_fill(inputs.coefficient == 0, ignore_index)", "labels", OPS),
     Mutant("logp formed as z - lse in fp32", "kernels/partials.py", "LN2 * (z_T * shard.scale2(work) - m2_T - log2_s_T)",
            "(z_T.float() * (shard.scale2(work) * LN2) - (LN2 * (m2_T + log2_s_T)).float()).double()", STATS),
     Mutant("the label is scaled by another rounding of log2 e than the row", "kernels/partials.py", "shard.scale2(work)", "shard.scale2(torch.float64)", STATS),
@@ -55,6 +56,16 @@ MUTANTS = [
     Mutant("row offsets are 32-bit", "kernels/stats.py", "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)", BAD),
     Mutant("logits are loaded at any alignment", "kernels/stats.py", "tl.multiple_of(first + head, VEC)", "(first + head)", OFFLINE),
     Mutant("the gradient forgets the temperature", "kernels/grad.py", "p_scale = inv_temperature / s", "p_scale = 1.0 / s", STATS),
+    Mutant("CHORD's 1 - p cancels in the kernel", "kernels/weighting.py", "tl.where(x > -0.5, -series, 1.0 - tl.exp(x))", "1.0 - tl.exp(x)", TWINS),
+    Mutant("GRPO's gradient ignores the clip in the kernel", "kernels/weighting.py", "tl.where(clipped | (bounded != raw), 0.0, ratio)", "ratio", TWINS),
+    Mutant("the coefficient misses the gradient in the kernel", "kernels/loss.py", "terms[1] * coef)", "terms[1])", ONE_PASS),
+    Mutant("the entropy bonus misses the gradient in the kernel", "kernels/loss.py", "(terms[2] - bonus) * coef", "terms[2] * coef", ONE_PASS),
+    Mutant("a stray label hides behind a clip", "kernels/loss.py", "tl.where(logp != logp, logp, terms[1] * coef)", "terms[1] * coef", ONE_PASS),
+    Mutant("t is not re-centred when the kernel merges ranks", "kernels/loss.py", "(t_r + shift * LN2 * s_r)", "t_r", VOCAB),
+    Mutant("the upstream scalar is dropped", "kernels/row_loss.py", "if factor.item() != 1.0:", "if False:", ONE_PASS),
+    Mutant("overwritten logits look untouched to autograd", "kernels/token_loss.py", "torch.autograd.graph.increment_version(logits_TV)", "pass", ONE_PASS),
+    Mutant("evaluation writes the gradient", "kernels/token_loss.py", "if torch.is_grad_enabled() and logits.requires_grad:", "if logits.requires_grad:", ONE_PASS),
+    Mutant("a second backward hands out the gradient again", "kernels/token_loss.py", "if ctx.spent:", "if False:", ONE_PASS),
     Mutant("the label's column is rounded to bf16 before the 1 is added", "kernels/grad.py", "(a * (1.0 - p) + spread)",
            "(a * (1.0 - p.to(tl.bfloat16).to(tl.float32)) + spread)", STATS),
     Mutant("a dead row is multiplied by 0, not written as 0", "kernels/eager.py", "dx.masked_fill_(dead_T[tile_rows, None], 0.0)", "(dx * ~dead_T[tile_rows, None])", BAD),

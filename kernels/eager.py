@@ -1,4 +1,4 @@
-"""The row kernels in plain PyTorch, tile by tile: the CPU implementation, and fp64.
+"""The row kernels in plain PyTorch, tile by tile: for fp64, and where neither Triton nor a C++ compiler is at hand.
 
 Works in the logits' precision, at least fp32.  A tile is [ROWS, COLUMNS], so the extra memory is a few MiB whatever the vocabulary
 (never a [tokens, vocabulary] copy) and a tile stays in cache between the operations on it.
@@ -29,7 +29,8 @@ def _exponents(logits: Tensor, rows: slice, columns: slice, reference_T: Tensor,
     return tile.mul_(scale2).clamp_(min=FLOOR)
 
 
-def _raise_if_stray(labels_T: Tensor, shard: Shard) -> None:
+def raise_if_stray(labels_T: Tensor, shard: Shard) -> None:
+    """ValueError for the first label that is neither in the vocabulary nor the ignore index."""
     stray_T = shard.stray(labels_T)
     if stray_T.any():
         row = int(stray_T.nonzero()[0])
@@ -42,7 +43,7 @@ def _raise_if_stray(labels_T: Tensor, shard: Shard) -> None:
 def stats_eager(logits: Tensor, labels: Tensor, shard: Shard) -> Tensor:
     """[T, V] logits -> [T, 4] partials (m2, s, t, z_y) in fp32 (fp64 for fp64 logits).  ValueError for a stray label (CPU only)."""
     if not logits.is_cuda:  # on a GPU the check would stall the queue; there a stray label becomes NaN
-        _raise_if_stray(labels, shard)
+        raise_if_stray(labels, shard)
     T, V = logits.shape[0], shard.columns(logits)
     work = torch.promote_types(logits.dtype, torch.float32)
     scale2 = shard.scale2(work)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_plugin.kernels import shard_ops
-from megatron_plugin.kernels.backend import select
+from megatron_plugin.kernels.backend import cluster_asked_for, select
 from megatron_plugin.kernels.layout import Shard
 from megatron_plugin.kernels.objective import Objective, scaled
 from megatron_plugin.kernels.partials import finish_rows, merge_partials
@@ -23,6 +23,10 @@ def row_loss(
     out: `logits` itself, or a [T, V] tensor from `empty_like_rows`; in another dtype only where its rows start at 16-byte boundaries.
     With a twin on Triton: one launch for a whole vocabulary, two around one all-gather for a split one.
     """
+    if cluster_asked_for():
+        from megatron_plugin.kernels.cluster import loss_cluster
+
+        return loss_cluster(logits, out, labels, shard, objective, gather)
     if select(logits) == "triton" and objective.twin is not None:
         from megatron_plugin.kernels.loss import loss_triton
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_plugin.kernels.backend import select
+from megatron_plugin.kernels.cpu import grad_cpp, stats_cpp
 from megatron_plugin.kernels.eager import grad_eager, stats_eager
 from megatron_plugin.kernels.layout import Shard, empty_like_rows, row_stride_like
 
@@ -15,10 +16,11 @@ from megatron_plugin.kernels.layout import Shard, empty_like_rows, row_stride_li
 @torch.library.custom_op("megatron_plugin::stats", mutates_args=())
 def stats(logits: Tensor, labels: Tensor, vocab_start: int, vocab_size: int, ignore_index: int, temperature: float) -> Tensor:
     shard = Shard(vocab_start, vocab_size, ignore_index, temperature)
-    if select(logits) == "triton":
+    backend = select(logits)
+    if backend == "triton":
         from megatron_plugin.kernels.stats import stats_triton as run
     else:
-        run = stats_eager
+        run = stats_cpp if backend == "cpp" else stats_eager
     return run(logits, labels, shard)
 
 
@@ -29,10 +31,11 @@ def _(logits, labels, vocab_start, vocab_size, ignore_index, temperature):
 
 def write_grad(logits: Tensor, out: Tensor, labels: Tensor, rows: Tensor, grads: Tensor, shard: Shard) -> None:
     """dF/dlogits [T, V] into `out` by the selected implementation; autograd and its version counters do not see it."""
-    if select(logits) == "triton":
+    backend = select(logits)
+    if backend == "triton":
         from megatron_plugin.kernels.grad import grad_triton as run
     else:
-        run = grad_eager
+        run = grad_cpp if backend == "cpp" else grad_eager
     run(logits, out, labels, rows, grads, shard)
 
 

@@ -21,6 +21,7 @@ import torch.multiprocessing as mp
 ROOT = str(Path(__file__).parent.parent)
 WORLD = 4
 TIMEOUT_S = 120
+THREADS = 150  # of a rank: megatron-core's DistributedDataParallel is never freed, and keeps its gloo groups and their threads with it
 _requests = count()
 
 
@@ -44,10 +45,11 @@ def _serve(rank: int, store: str, pipe) -> None:
         # A fresh world for each request: megatron-core never destroys the groups it makes, and each keeps threads
         dist.init_process_group("gloo", store=dist.PrefixStore(str(request), store), rank=rank, world_size=size, timeout=timeout)
         try:
-            pipe.send((True, getattr(importlib.import_module(module), function)(dist.group.WORLD, **arguments)))
+            answer = True, getattr(importlib.import_module(module), function)(dist.group.WORLD, **arguments)
         except BaseException as error:
-            pipe.send((False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+            answer = False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
         dist.destroy_process_group()
+        pipe.send((*answer, len(os.listdir("/proc/self/task"))))
 
 
 @cache
@@ -80,7 +82,11 @@ def on_ranks(size: int, module: str, function: str, **arguments) -> list:
             _pool.cache_clear()
             raise TimeoutError(f"rank {rank} of {size} did not finish {module}.{function} within {TIMEOUT_S} s")
         answers.append(pipe.recv())
-    for rank, (ok, result) in enumerate(answers):
+    if max(threads for *_, threads in answers) > THREADS:
+        for pipe in _pool()[0]:
+            pipe.close()  # the ranks end themselves; the next question starts new ones
+        _pool.cache_clear()
+    for rank, (ok, result, _) in enumerate(answers):
         if not ok:
             raise RuntimeError(f"rank {rank} of {size}: {result}")
-    return [result for _, result in answers]
+    return [result for _, result, _ in answers]

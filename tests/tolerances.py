@@ -24,3 +24,16 @@ TWIN = 2e-6
 # one-pass op against the two-pass fp64 oracle, every loss, absolute and relative; measured 7.9e-7 per token, 6.3e-7 for sums of 3 to 6 tokens
 TERMS = 3e-6
 LOSS_SUM = 3e-6
+
+# hidden-in ops against dense logits in fp64: per-token values (absolute and relative), gradients as ||error|| / ||truth||
+LINEAR_VALUES = 2e-6         # fp32; measured 5.9e-7
+LINEAR_GRAD = 2e-6           # fp32; measured 7.5e-7
+LINEAR_FP64 = 1e-14          # both; measured 2.1e-15
+LINEAR_FP32_LOGITS = 1e-2    # gradients in bf16 from fp32 logits; measured 3.1e-3, bf16's own rounding
+LINEAR_CHUNKS = 2e-6         # one chunk size against another, fp32; measured 8.3e-7
+
+# C++ on the CPU: bf16 and fp16 gradients against the oracle (absolute, relative: half an ulp); mm_fp32_ as a share of sum |a| |b|
+GRAD_BF16 = (2.0**-10, 2.0**-8)
+GRAD_FP16 = (2.0**-13, 2.0**-11)
+MM_FP32 = 6e-7                # measured 2.0e-7
+LINEAR_MEGATRON = 7e-7       # every parameter of a small GPT against the logits path; measured 1.6e-7

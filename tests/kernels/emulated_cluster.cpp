@@ -36,15 +36,16 @@ static void run_cluster(int blocks, int shared_bytes) {
         makecontext(&f.context, fiber_main, 0);
     }
     bool progress = true;
+    const bool fickle = random_bits() % 2;
+    int sleepers = WARPS, asleep = random_bits() % blocks * WARPS;  // warps that get no turn as long as anybody else gets on: the greatest skew there can be
     for (bool all_done = false; !all_done && !gpu.fault;) {
         const long before = gpu.events;
         all_done = true;
         const int start = random_bits() % n, step = random_bits() % 2 ? 1 : n - 1;
-        const uint64_t mood = gpu.random >> 2;
         for (int k = 0, i = start; k < n && !gpu.fault; ++k, i = (i + step) % n) {
             if (gpu.fibers[i].done) continue;
             all_done = false;
-            if (progress && (mood >> i / 32 % 31 & 3) == 0) continue;  // a quarter of the warps fall a round behind
+            if (progress && i / 32 >= asleep && i / 32 < asleep + sleepers) continue;
             resume(gpu.fibers[i]);
         }
         for (size_t c = gpu.copies.size(); gpu.copies_land == SOMETIME && c-- > 0;)
@@ -53,19 +54,28 @@ static void run_cluster(int blocks, int shared_bytes) {
             if (gpu.copies.empty()) gpu.fault = DEADLOCK;
             else land(random_bits() % gpu.copies.size());
         }
+        if (!progress || (fickle && random_bits() % 16 == 0)) {
+            sleepers = random_bits() % 2 ? WARPS : 1;  // a block or a warp
+            asleep = random_bits() % (n / 32) / sleepers * sleepers;
+        }
         progress = gpu.events != before;
     }
     if (!gpu.copies.empty()) gpu.fault = DEADLOCK;  // a block ended with a copy into it under way
 }
 
-// Where to count elements read and written, per element of the two spans that begin at Job.logits and Job.out
-extern "C" void emulator_setup(uint8_t* reads, int64_t elements, uint8_t* writes, int64_t elements_out, uint64_t seed, int copies_land) {
-    gpu.reads = reads, gpu.writes = writes, gpu.elements = elements, gpu.elements_out = elements_out, gpu.random = seed;
-    gpu.copies_land = static_cast<Land>(copies_land);
+// Order of threads and landing of copies (enum Land) for the launches to come
+extern "C" void emulator_setup(uint64_t seed, int copies_land, int clusters) {
+    gpu.random = seed, gpu.copies_land = static_cast<Land>(copies_land), gpu.clusters = clusters;
+}
+
+// Per element of the spans that began at Job.logits and Job.out in the last launch: times read, times written
+extern "C" void emulator_counts(uint8_t* reads, uint8_t* writes) {
+    memcpy(reads, gpu.reads.data(), gpu.reads.size());
+    memcpy(writes, gpu.writes.data(), gpu.writes.size());
 }
 
 extern "C" int cluster_loss_prepare(int, int, int, int* clusters) {
-    *clusters = 2;
+    *clusters = gpu.clusters;
     return 0;
 }
 
@@ -75,12 +85,17 @@ extern "C" int cluster_loss_launch(const Job* given, int, int cluster, int clust
     gpu.logits = uint64_t(job.logits), gpu.out = uint64_t(job.out), gpu.element_size = sizeof(ELEMENT::Bits);
     gpu.fault = NO_FAULT;
     gpu.copies.clear();
+    gpu.reads.assign((job.tokens - 1) * job.stride + job.width, 0);
+    gpu.writes.assign(job.out ? (job.tokens - 1) * job.stride_out + job.width : 0, 0);
+    const int all = gpu.clusters;
     gpu.clusters = clusters;
     for (gpu.cluster = 0; gpu.cluster < clusters && !gpu.fault; ++gpu.cluster) run_cluster(cluster, shared_bytes);
+    gpu.clusters = all;
     return gpu.fault;
 }
 
 extern "C" const char* cluster_loss_error(int fault) {
-    static const char* const names[] = {"", "deadlock", "read outside the logits", "written outside the gradient", "not aligned"};
+    static const char* const names[] = {"", "deadlock", "read outside the logits", "written outside the gradient", "not aligned",
+                                        "a store into a block that does not run"};
     return names[fault];
 }

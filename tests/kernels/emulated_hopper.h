@@ -48,7 +48,7 @@ struct Copy {
 };
 
 enum Land { AT_ONCE, SOMETIME, AS_LATE_AS_POSSIBLE };
-enum Fault { NO_FAULT, DEADLOCK, READ_OUTSIDE, WRITTEN_OUTSIDE, NOT_ALIGNED };
+enum Fault { NO_FAULT, DEADLOCK, READ_OUTSIDE, WRITTEN_OUTSIDE, NOT_ALIGNED, NOT_RUNNING };
 
 struct Machine {
     int blocks, cluster, clusters;
@@ -63,8 +63,8 @@ struct Machine {
     Land copies_land;
     Fault fault;
     uint64_t logits, out;       // addresses
-    int64_t elements, elements_out, element_size;
-    uint8_t *reads, *writes;    // per element
+    int64_t element_size;
+    std::vector<uint8_t> reads, writes;  // per element
     char* stacks;
 };
 static Machine gpu;
@@ -91,9 +91,9 @@ inline void meet(Rendezvous& r) {
     while (r.generation == mine) yield();
 }
 
-inline void count(uint64_t address, uint64_t bytes, uint64_t base, int64_t elements, uint8_t* counts, Fault outside) {
-    const int64_t first = int64_t(address - base) / gpu.element_size;
-    if (address < base || first + int64_t(bytes) / gpu.element_size > elements) {
+inline void count(uint64_t address, uint64_t bytes, uint64_t base, std::vector<uint8_t>& counts, Fault outside) {
+    const size_t first = (address - base) / gpu.element_size;
+    if (address < base || first + bytes / gpu.element_size > counts.size()) {
         gpu.fault = outside;
         return;
     }
@@ -125,6 +125,12 @@ inline uint32_t cluster_count() { return gpu.clusters; }
 inline void cluster_sync() { meet(gpu.cluster_barrier); }
 
 inline void store_in_block(Partial* mine, uint32_t rank, Partial p) {
+    bool begun = false, ended = true;
+    for (int i = 0; i < FIBERS_PER_BLOCK; ++i) {
+        const Fiber& f = gpu.fibers[rank * FIBERS_PER_BLOCK + i];
+        begun |= f.started, ended &= f.done;
+    }
+    if (!begun || ended) gpu.fault = NOT_RUNNING;
     const size_t offset = reinterpret_cast<unsigned char*>(mine) - shared_memory();
     memcpy(gpu.shared[rank].data() + offset, &p, sizeof p);
 }
@@ -154,7 +160,8 @@ inline void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barr
     end_of_phase(b);
     ++gpu.events;
     if (bytes == 0) return;
-    count(uint64_t(from), bytes, gpu.logits, gpu.elements, gpu.reads, READ_OUTSIDE);
+    count(uint64_t(from), bytes, gpu.logits, gpu.reads, READ_OUTSIDE);
+    if (gpu.fault) return;
     gpu.copies.push_back({to, from, bytes, b});
     if (gpu.copies_land == AT_ONCE) land(gpu.copies.size() - 1);
 }
@@ -207,8 +214,8 @@ struct Float32 {
 template <class T>
 T load_global(const T* p) {
     const uint64_t address = uint64_t(p);
-    if (address >= gpu.logits && address < gpu.logits + gpu.elements * gpu.element_size)
-        count(address, sizeof(T), gpu.logits, gpu.elements, gpu.reads, READ_OUTSIDE);
+    if (address >= gpu.logits && address < gpu.logits + gpu.reads.size() * gpu.element_size)  // not labels and inputs
+        count(address, sizeof(T), gpu.logits, gpu.reads, READ_OUTSIDE);
     return *p;
 }
 
@@ -217,6 +224,6 @@ inline void store_global(float* p, float x) { *p = x; }  // the table
 template <class T>
 void store_global(T* p, T x) {
     if (uint64_t(p) % sizeof(T)) gpu.fault = NOT_ALIGNED;
-    count(uint64_t(p), sizeof(T), gpu.out, gpu.elements_out, gpu.writes, WRITTEN_OUTSIDE);
+    count(uint64_t(p), sizeof(T), gpu.out, gpu.writes, WRITTEN_OUTSIDE);
     if (!gpu.fault) *p = x;
 }

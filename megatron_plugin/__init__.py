@@ -15,6 +15,12 @@ _HOME = {
     "LossOutput": "losses.reduction",
     "token_stats": "ops",
     "token_loss": "ops",
+    "linear_token_stats": "ops",
+    "linear_token_loss": "ops",
+    "TensorParallel": "ops",
+    "Head": "ops",
+    "Plan": "ops",
+    "MainGrad": "kernels.main_grad",
 }
 __all__ = sorted(_HOME)
 

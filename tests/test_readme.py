@@ -28,6 +28,21 @@ def test_the_drop_in_under_megatrons_groups():
         assert num_tokens == 3 and report["nll"] == pytest.approx([float((-logp * loss_mask).sum()), 3.0], rel=1e-6)
 
 
+def test_the_loss_from_hidden_states():
+    source = next(s for s in SNIPPETS if "def head_loss" in s)
+    namespace = {}
+    exec(source, namespace)
+    hidden, weight = (torch.randn(*shape, requires_grad=True) for shape in ((2, 5, 16), (300, 16)))
+    labels, loss_mask = torch.randint(0, 300, (2, 5)), torch.tensor([[1.0, 0, 1, 1, 0], [0, 0, 1, 1, 1]])
+    loss_sum, num_tokens = namespace["head_loss"](hidden, weight, labels, loss_mask)
+    p = (hidden @ weight.T).log_softmax(-1).gather(-1, labels[..., None])[..., 0].exp()
+    expected = (-(p * (1 - p)).detach() * p.log() * loss_mask).sum()
+    torch.testing.assert_close(loss_sum, expected)
+    for ours, dense in zip(torch.autograd.grad(loss_sum, (hidden, weight)), torch.autograd.grad(expected, (hidden, weight)), strict=True):
+        torch.testing.assert_close(ours, dense, atol=1e-5, rtol=1e-5)
+    assert num_tokens == 6
+
+
 def test_your_own_weighting():
     source = next(s for s in SNIPPETS if "def sharpened" in s)
     namespace = {}

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 MIB = 2**20
-# (bytes, tokens): as many tokens as fit the bytes, and no fewer than the tokens.  CUDA: every chunk reads and writes dW once, which below
-# 2048 tokens costs more than half of its GEMM.  CPU: GEMMs lose 10 % at 128 tokens and nothing at 512 (measured, benchmarks/NOTES.md)
-WORKSPACE = {"cuda": (256 * MIB, 2048), "cpu": (64 * MIB, 256)}
+# (bytes, tokens, chunks): as many tokens as fit the bytes, no fewer than the tokens, and so many chunks at least.  CUDA: every chunk reads and
+# writes dW once, which below 2048 tokens costs more than half of its GEMM.  CPU: GEMMs lose 10 % at 128 tokens and nothing at 512; a third
+# chunk costs half precision a remainder of dW (weight_grad.py); one chunk would save nothing.  Measured: benchmarks/NOTES.md
+WORKSPACE = {"cuda": (256 * MIB, 2048, 1), "cpu": (128 * MIB, 256, 2)}
 ROUND = 128  # tokens: GEMM tiles
 
 
@@ -34,10 +35,10 @@ class Chunk:
 
 def chunk_size(tokens: int, row_bytes: int, device: str) -> int:
     """Tokens per chunk for a workspace of `row_bytes` per token: within the device's budget, chunks of equal size."""
-    budget, least = WORKSPACE.get(device, WORKSPACE["cuda"])
+    budget, least, fewest = WORKSPACE.get(device, WORKSPACE["cuda"])
     most = max(least, budget // row_bytes // ROUND * ROUND)
-    chunks = -(-tokens // most)
-    return most if chunks == 0 else -(-tokens // chunks // ROUND) * ROUND
+    chunks = max(-(-tokens // most), min(fewest, -(-tokens // least)), 1)
+    return max(-(-tokens // chunks // ROUND), 1) * ROUND
 
 
 def plan_chunks(tokens: int, slices: int, chunk_tokens: int, *, kept: Tensor | None, device: torch.device) -> list[Chunk]:

@@ -76,7 +76,8 @@ def _forward_step(head, batches, model):
 
 
 def gradients(group, *, ways, tensor=1, pipeline=1, sequence_parallel=False, **options):
-    """{way: ({parameter: main_grad} of one step, by its name in the whole model; the summed loss; whether every p.grad is None again)}."""
+    """{way: ({parameter: main_grad} of one step, by its name in the whole model; the summed loss; clean)}.  clean: every p.grad is None again, and the head's weight is marked
+    as accumulated where it was."""
     with cpu_platform():
         parallel_state.initialize_model_parallel(tensor, pipeline)
         try:
@@ -105,7 +106,9 @@ def _steps(config, way, tensor, pipeline, *, tied=False, overlap=False, scale=1.
         if head.ledger is not None:
             head.ledger.finalize()
     found = {_whole_name(name, pipeline): p.main_grad.clone() / scale for name, p in model.module.named_parameters()}
-    return found, float(sum(r["loss"] for r in reports)), all(p.grad is None for p in model.parameters())
+    in_place = "main_grad" in way and head.weight is not None
+    clean = all(p.grad is None for p in model.parameters()) and (not in_place or head.weight.grad_added_to_main_grad)
+    return found, float(sum(r["loss"] for r in reports)), clean
 
 
 def _whole_name(name, pipeline):

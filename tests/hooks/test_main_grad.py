@@ -29,8 +29,8 @@ def _gradients(layout, ways, **options):
 def _check(result, truth):
     true_grads, true_loss, _ = truth
     for way in WAYS:
-        grads, loss, cleared = result[way]
-        assert cleared and loss == pytest.approx(true_loss, rel=1e-6) and grads.keys() == true_grads.keys()
+        grads, loss, clean = result[way]
+        assert clean and loss == pytest.approx(true_loss, rel=1e-6) and grads.keys() == true_grads.keys()
         for name, gradient in true_grads.items():
             assert gradient.any() and distance(grads[name], gradient) <= tol.LINEAR_MEGATRON, (way, name, distance(grads[name], gradient))
 

@@ -55,10 +55,11 @@ def test_size_of_a_chunk():
     assert chunk_size(5000, 2 * 131072, "cuda") == 1792
     assert chunk_size(2048, 2 * 131072, "cuda") == 2048
     assert chunk_size(32768, 2 * 16384, "cuda") == 8192  # 256 MiB of a TP8 shard
-    assert chunk_size(2048, 2 * 32768, "cpu") == 1024
-    assert chunk_size(2048, 4 * 32768, "cpu") == 512
     assert chunk_size(10, 2 * 131072, "cuda") == 128  # rounded up: the buffer is as long as its longest chunk anyway
     assert chunk_size(0, 2 * 131072, "cuda") > 0
+    assert chunk_size(2048, 2 * 32768, "cpu") == chunk_size(2048, 4 * 32768, "cpu") == 1024  # two at least: one would be all the logits
+    assert chunk_size(32768, 4 * 32768, "cpu") == 1024  # 128 MiB
+    assert chunk_size(2048, 4 * 262144, "cpu") == 256 == chunk_size(200, 4, "cpu")
 
 
 @pytest.mark.parametrize("op", ["loss", "stats"])

@@ -1,0 +1,34 @@
+"""Dropping nearly weightless rows from the two backward products saves their share of the time and costs little of the gradient.
+
+DFT weighs a token by p, CHORD-phi by p (1 - p): many rows weigh next to nothing.  `dropped` is the share of rows below the threshold, error
+is the whole gradient's against the exact truth.  An entropy bonus gives every row a weight, so there is none here.
+"""
+
+from benchmarks import ours_linear, shapes
+from benchmarks._ceilings import gemm_ceiling
+from benchmarks._harness import Contender, Work, compare
+from benchmarks._report import Report
+from benchmarks.cases import coefficients, linear_case
+
+THRESHOLDS = (0.0, 1e-3, 1e-2, 3e-2, 1e-1)
+
+
+def main() -> None:
+    report = Report("min_weight", __doc__)
+    for shape in report.shapes(shapes.MIN_WEIGHT):
+        case = linear_case(shape, report.device)
+        contenders, dropped = [gemm_ceiling(shape)], {}
+        for objective in ("dft", "chord_phi"):
+            weight_T = coefficients(objective, case.truth["logp"], case.live)[0].abs()
+            for threshold in THRESHOLDS:
+                name = f"ours {objective} min_weight {threshold:g}"
+                contenders.append(Contender(name, ours_linear.one_pass(objective, min_weight=threshold)))
+                dropped[name] = float((weight_T < threshold).double().mean())
+        work = Work(flops=shape.gemm_flops)
+        limits = {"seconds": 0, "least": 2} if report.options.tiny else {"seconds": report.options.seconds}
+        rows = compare(case, contenders, work, refuse=False, **limits)
+        report.add([row | ({"dropped": dropped[row["contender"]]} if row["contender"] in dropped else {}) for row in rows])
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -122,12 +123,12 @@ def one_round(runs: dict[str, Run], clock: CpuClock | CudaClock, device: torch.d
 
 
 def interleave(
-    runs: dict[str, Run], clock: CpuClock | CudaClock, device: torch.device, *, seconds: float, least: int, most: int
+    runs: dict[str, Run], clock: CpuClock | CudaClock, device: torch.device, *, seconds: float, least: int, most: int, deadline: float = math.inf
 ) -> dict[str, list[float] | str]:
     """Rounds of all contenders in turn, the first one to warm up those that take less than WARM ms.
 
     Every contender has the same share of `seconds`, but between `least` and `most` calls: slow ones leave the rounds earlier.  One that
-    fails leaves with its reason.
+    fails leaves with its reason.  After `deadline` (time.monotonic) no round begins but the first counted one.
     """
     results: dict[str, list[float] | str] = {name: [] for name in runs}
     gc.collect()
@@ -145,7 +146,8 @@ def interleave(
                 else:
                     results[name].append(value)
                     left[name] -= 1
-            left = {name: count for name, count in left.items() if count}
+            late = time.monotonic() > deadline
+            left = {name: count for name, count in left.items() if count and not late}
     finally:
         gc.enable()
     return results
@@ -224,18 +226,23 @@ def _try(case, contender: Contender, refuse: bool) -> tuple[Run | None, dict[str
             _free(case.device)
 
 
-def compare(case, contenders: list[Contender], work: Work, *, seconds: float = 5.0, least: int = 3, most: int = 50, refuse: bool = True) -> list[dict[str, Any]]:
+def compare(case, contenders: list[Contender], work: Work, *, seconds: float = 5.0, least: int = 3, most: int = 50, refuse: bool = True,
+            deadline: float = math.inf) -> list[dict[str, Any]]:
     """One row per contender, losses and absences included; shares are of the ceilings timed in the same rounds.
 
-    refuse: a wrong output is not timed; False only where the error is what is measured.
+    refuse: a wrong output is not timed; False only where the error is what is measured.  deadline: time.monotonic() after which no further
+    contender is tried, so the first in the list are measured in any case.
     """
     runs, facts = {}, {}
     for contender in contenders:
+        if time.monotonic() > deadline and runs:
+            facts[contender.name] = {"errors": {}, "peak_mib": None, "reason": "time budget spent"}
+            continue
         run, facts[contender.name] = _try(case, contender, refuse)
         if run:
             runs[contender.name] = run
     clock = CudaClock() if case.device.type == "cuda" else CpuClock()
-    times = interleave(runs, clock, case.device, seconds=seconds, least=least, most=most)
+    times = interleave(runs, clock, case.device, seconds=seconds, least=least, most=most, deadline=deadline)
     return finish_rows(case.shape, contenders, facts, times, work)
 
 

@@ -27,11 +27,12 @@ class Report:
         parser.add_argument("--quick", action="store_true", help="two shapes and one held-out one")
         parser.add_argument("--tiny", action="store_true", help="tiny shapes: tests the benchmark, measures nothing")
         parser.add_argument("--no-slow-start", action="store_true", help="leave out contenders that compile or tune for seconds")
-        parser.add_argument("--budget", type=float, default=1e9, metavar="SECONDS", help="no new shape is begun after this long")
+        parser.add_argument("--budget", type=float, default=1e9, metavar="SECONDS", help="after this long no shape and no contender is begun")
         parser.add_argument("--seconds", type=float, default=5.0, help="time spent timing each shape")
         parser.add_argument("--out", type=Path, help="result file (JSON)")
         self.options = parser.parse_args()
         self.device, self.rows, self.began = self.options.device, [], time.monotonic()
+        self.deadline = self.began + self.options.budget
         torch.manual_seed(shapes.SEED)
         if self.device == "cpu":
             _keep_freed_memory()
@@ -41,7 +42,7 @@ class Report:
     def shapes(self, table: dict[str, list[shapes.Shape]]):
         """The shapes of this run, while the budget lasts; those left over get a row that says so."""
         for shape in shapes.select(table, self.device, quick=self.options.quick, tiny=self.options.tiny):
-            if time.monotonic() - self.began > self.options.budget:
+            if time.monotonic() > self.deadline:
                 self.add([{"shape": str(shape), "held_out": shape.held_out, "contender": "all", "ms": None, "reason": "time budget spent"}])
                 continue
             if "torch._dynamo" in sys.modules:  # compiled rivals: one static shape at a time
@@ -51,7 +52,7 @@ class Report:
                 torch.cuda.empty_cache()
 
     def compare(self, case, contenders: list[Contender], work: Work, **limits) -> list[dict]:
-        limits = {"seconds": self.options.seconds, **limits} if not self.options.tiny else {"seconds": 0.0, "least": 2}
+        limits = {"deadline": self.deadline} | limits | ({"seconds": 0.0, "least": 2} if self.options.tiny else {"seconds": self.options.seconds})
         if self.options.no_slow_start:
             contenders = [c._replace(build=_left_out) if c.slow_start else c for c in contenders]
         return self.add(compare(case, contenders, work, **limits))

@@ -1,4 +1,4 @@
-"""Dropping nearly weightless rows from the two backward products saves their share of the time and costs little of the gradient.
+"""What dropping nearly weightless rows from the two backward products saves, and the error it makes.
 
 DFT weighs a token by p, CHORD-phi by p (1 - p): many rows weigh next to nothing.  `dropped` is the share of rows below the threshold, error
 is the whole gradient's against the exact truth.  An entropy bonus gives every row a weight, so there is none here.
@@ -6,7 +6,7 @@ is the whole gradient's against the exact truth.  An entropy bonus gives every r
 
 from benchmarks import ours_linear, shapes
 from benchmarks._ceilings import gemm_ceiling
-from benchmarks._harness import Contender, Work, compare
+from benchmarks._harness import Contender, Work
 from benchmarks._report import Report
 from benchmarks.cases import coefficients, linear_case
 
@@ -24,10 +24,10 @@ def main() -> None:
                 name = f"ours {objective} min_weight {threshold:g}"
                 contenders.append(Contender(name, ours_linear.one_pass(objective, min_weight=threshold)))
                 dropped[name] = float((weight_T < threshold).double().mean())
-        work = Work(flops=shape.gemm_flops)
-        limits = {"seconds": 0, "least": 2} if report.options.tiny else {"seconds": report.options.seconds}
-        rows = compare(case, contenders, work, refuse=False, **limits)
-        report.add([row | ({"dropped": dropped[row["contender"]]} if row["contender"] in dropped else {}) for row in rows])
+        rows = report.compare(case, contenders, Work(flops=shape.gemm_flops), refuse=False)
+        for row in rows:
+            row["dropped"] = dropped.get(row["contender"])
+        report.save()
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ from torch import Tensor
 
 MIB = 2**20
 # (bytes, tokens, chunks): as many tokens as fit the bytes, no fewer than the tokens, and so many chunks at least.  CUDA: every chunk reads and
-# writes dW once, which below 2048 tokens costs more than half of its GEMM.  CPU: GEMMs lose 10 % at 128 tokens and nothing at 512; a third
+# writes dW once, which below 2048 tokens costs more than half of its GEMM and at 4096 still 3 % of the three.  CPU: of the GEMMs' speed 70 % is
+# left at 256 tokens, 87 % at 512 and all of it at 1024; a third
 # chunk costs half precision a remainder of dW (weight_grad.py); one chunk would save nothing.  Measured: benchmarks/NOTES.md
-WORKSPACE = {"cuda": (256 * MIB, 2048, 1), "cpu": (128 * MIB, 256, 2)}
+WORKSPACE = {"cuda": (1024 * MIB, 2048, 1), "cpu": (128 * MIB, 256, 2)}
 ROUND = 128  # tokens: GEMM tiles
 
 
@@ -93,7 +94,7 @@ def _sent(parts: list[_Part], device: torch.device) -> list[Chunk]:
     found = [(_as_slice(rows), _as_slice(places), kept, len(places), gathered) for rows, places, kept, gathered in parts]
     indices = [x for chunk in found for x in chunk[:3] if isinstance(x, Tensor)]
     if indices and device.type != "cpu":
-        sent = iter(torch.cat(indices).to(device, non_blocking=True).split([len(x) for x in indices]))
+        sent = iter(torch.cat(indices).pin_memory().to(device, non_blocking=True).split([len(x) for x in indices]))
         found = [(*(next(sent) if isinstance(x, Tensor) else x for x in chunk[:3]), *chunk[3:]) for chunk in found]
     return [Chunk(*chunk) for chunk in found]
 

@@ -174,8 +174,9 @@ def _operands(objective: Objective, device: torch.device) -> tuple[list[Tensor |
     inputs = [None if x is None else x.to(torch.float32).contiguous() for x in given]
     params: list[Number] = [*objective.twin.params, *[0.0] * (MAX_PARAMS - len(objective.twin.params))]
     all_numbers = [objective.grad_scale, *params, objective.entropy_bonus, objective.z_loss]
-    tensors = [x.to(device, torch.float32) if isinstance(x, Tensor) else None for x in all_numbers]
-    return inputs, tensors, [0.0 if isinstance(x, Tensor) else float(x) for x in all_numbers]
+    # a tensor on the CPU is read for nothing; copying it over would wait for the queue
+    tensors = [x.to(torch.float32) if isinstance(x, Tensor) and x.device == device else None for x in all_numbers]
+    return inputs, tensors, [float(x) if t is None else 0.0 for x, t in zip(all_numbers, tensors, strict=True)]
 
 
 def _stream() -> int:

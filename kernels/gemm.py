@@ -70,3 +70,15 @@ def accumulate_(total: Tensor, dz: Tensor, x: Tensor) -> None:
         exact = {"out_dtype": torch.float32} if total.dtype == torch.float32 and _offers_fp32("mm", dz.device, dz.dtype) else {}
         for block in vocabulary_blocks(total):
             total[block].add_(torch.mm(dz[:, block].t(), x, **exact))
+
+
+def assign_(total: Tensor, dz: Tensor, x: Tensor) -> None:
+    """total [V, H] = dz^T x, as `accumulate_` on zeros but without writing and reading them: 3 % of the three GEMMs of a large head."""
+    if total.dtype == dz.dtype:
+        torch.mm(dz.t(), x, out=total)
+    elif total.dtype == torch.float32 and _ours(x):
+        mm_fp32_(total, dz.t(), x, False)
+    elif total.dtype == torch.float32 and _offers_fp32("mm", dz.device, dz.dtype):
+        torch.mm(dz.t(), x, out_dtype=torch.float32, out=total)
+    else:
+        accumulate_(total.zero_(), dz, x)

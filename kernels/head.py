@@ -46,9 +46,12 @@ class Projection:
     def logits(self, x: Tensor) -> Tensor:
         """z [n, V] of x [n, H]; valid until the next chunk, or until its gradient is written."""
         raw, z = self._raw[: x.shape[0]], self._logits[: x.shape[0]]
-        project(x, self.weight, raw)
-        if self.bias is not None:
-            raw.add_(self.bias)
+        if self.bias is not None and raw.dtype == x.dtype:
+            torch.addmm(self.bias, x, self.weight.t(), out=raw)  # rounded once
+        else:
+            project(x, self.weight, raw)
+            if self.bias is not None:
+                raw.add_(self.bias)
         if self.softcap is not None:
             for tile in self._tiles(z):
                 z[tile] = self._bent(raw[tile]).mul_(self.softcap)

@@ -20,10 +20,6 @@ def _table(labels_T: Tensor, sweep: Sweep, columns: int) -> Tensor:
     return labels_T.new_zeros(columns, len(labels_T), dtype=torch.promote_types(sweep.logits_dtype, torch.float32))
 
 
-def _as_it_is(x: Tensor) -> Tensor:
-    return x
-
-
 class _LinearTokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -33,10 +29,7 @@ class _LinearTokenLoss(torch.autograd.Function):
         ctx.main_grad = sweep.main_grad if ctx.needs_input_grad[1] else None
         if ctx.main_grad is not None:
             ctx.main_grad.forward_begins()
-        # Terms in PyTorch differentiate [n] vectors in here.  Under activation checkpointing without these hooks, what that saves would be
-        # dropped and the whole region run again at once, to get it back.
-        with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
-            table_CT, gradients = _sweep_once(hidden_SH, weight, bias, labels_T, sweep, objective, columns, min_weight, ctx.needs_input_grad[:3])
+        table_CT, gradients = _sweep_once(hidden_SH, weight, bias, labels_T, sweep, objective, columns, min_weight, ctx.needs_input_grad[:3])
         # On ctx, not through save_for_backward: scaled in place, handed out once, and freed then
         ctx.gradients = gradients.result()
         ctx.grad_scale = objective.grad_scale.clone() if isinstance(objective.grad_scale, Tensor) else objective.grad_scale

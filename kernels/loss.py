@@ -120,6 +120,7 @@ def loss_kernel(
         tl.store(TABLE + (FIRST_METRIC + i) * T, tl.where(live, terms[5 + i], 0.0))
 
     if WRITE:
+        tl.debug_barrier()  # in place: a warp that is ahead must not write over the label's logit before the last warp has read it
         g = _number(grad_scale)
         a, b, c = a * g, b * g, c * g
         pushes = live & ((a != 0.0) | (b != 0.0) | (c != 0.0))
@@ -136,8 +137,10 @@ def _pointer(name: str, objective: Objective) -> Tensor | None:
 
 
 def _argument(p: Number, like: Tensor) -> Number:
-    """A number as a launch argument: float (an int of 1 would be compiled in), or a pointer to a 0-d fp32 tensor."""
-    return p.to(like.device, torch.float32) if isinstance(p, Tensor) else float(p)
+    """A number as a launch argument: float (an int of 1 would be compiled in), or a pointer to a 0-d fp32 tensor on the GPU."""
+    if isinstance(p, Tensor) and p.device == like.device:
+        return p.to(torch.float32)
+    return float(p)  # a tensor on the CPU is read for nothing; copying it over would wait for the queue
 
 
 def _configuration(one_pass: bool) -> dict:

@@ -6,7 +6,7 @@ Each class takes the chunks by `add(dz [n, V], x [n, H])` and gives the gradient
 import torch
 from torch import Tensor
 
-from megatron_plugin.kernels.gemm import accumulate_, vocabulary_blocks
+from megatron_plugin.kernels.gemm import accumulate_, assign_, vocabulary_blocks
 
 
 class InPlace:
@@ -34,12 +34,7 @@ class Own:
             self.total.zero_()
 
     def add(self, dz: Tensor, x: Tensor) -> None:
-        if self._first and self.total.dtype == dz.dtype:
-            torch.mm(dz.t(), x, out=self.total)
-        else:
-            if self._first:
-                self.total.zero_()
-            accumulate_(self.total, dz, x)
+        (assign_ if self._first else accumulate_)(self.total, dz, x)
         self._first = False
 
     def result(self) -> Tensor:

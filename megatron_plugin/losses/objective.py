@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_plugin.kernels.objective import COLUMNS, MAX_PARAMS, Number, Objective, Twin
 from megatron_plugin.losses.contract import TokenInputs, TokenLoss, TokenStats
-from megatron_plugin.losses.probe import own_metrics
+from megatron_plugin.losses.probe import own_metrics, saving_as_it_is
 from megatron_plugin.losses.reduction import masked_terms, term_table
 from megatron_plugin.losses.regularisers import REGULARISERS
 
@@ -29,7 +29,7 @@ def objective_of(loss: TokenLoss, inputs: TokenInputs, *, grad_scale: Number = 1
     def terms(stats: TokenStats, live: Tensor, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         plain = {name: x for name, x in given.items() if not name.startswith("extra.")}
         extra = {name.removeprefix("extra."): x for name, x in given.items() if name.startswith("extra.")}
-        with torch.enable_grad():
+        with torch.enable_grad(), saving_as_it_is():
             leaves = TokenStats(*(torch.where(live, x, 0.0).detach().requires_grad_() for x in stats))
             found, masked = masked_terms(loss, leaves, TokenInputs(**plain, extra=extra), live)
             table_CT, weighted_T = term_table(leaves, found, masked, live)

@@ -11,10 +11,11 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_plugin.losses.contract import BASE_METRICS, LossFunction, TermsError, TokenInputs, TokenLoss, TokenStats
 
-__all__ = ["check_once", "is_token_local", "metric_names", "own_metrics"]
+__all__ = ["check_once", "is_token_local", "metric_names", "own_metrics", "saving_as_it_is"]
 
 SPLITS = ((1, 1), (1, 6), (7, 1), (9, 24))
 """Sizes of x and y.  A part of one token is its own mean, quantile and first of a cumsum, which the whole is not; 24 tokens hold groups."""
@@ -73,6 +74,12 @@ def _part(stats: TokenStats, inputs: TokenInputs, part: slice) -> tuple[TokenSta
     cut = {name: value[part] for name, value in given.items() if isinstance(value, Tensor)}
     extra = _AnyKey(len(stats.logp), part) if isinstance(inputs.extra, _AnyKey) else {}
     return TokenStats(*(column[part] for column in stats)), TokenInputs(**cut, extra=extra)
+
+
+def saving_as_it_is() -> saved_tensors_hooks:
+    """Context for derivatives taken inside a forward: the hooks of activation checkpointing, which it covers, would drop what is saved here and
+    run the whole region again at once to get it back."""
+    return saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
 class _Raised(Exception):
@@ -142,7 +149,7 @@ def is_token_local(loss: TokenLoss) -> bool:
     """
     tried = _on_cpu(loss)
     # fork_rng: a loss that draws random numbers must not move the training run's generator
-    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+    with torch.inference_mode(False), torch.enable_grad(), saving_as_it_is(), torch.random.fork_rng(devices=[]):
         try:
             return all(_agrees(tried, first, second) and _agrees_bare(tried, first, second) for first, second in SPLITS)
         except _Raised as raised:

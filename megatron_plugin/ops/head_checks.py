@@ -60,8 +60,11 @@ def check_plan(plan: Plan, hidden: Tensor, weight: Tensor, *, training: bool) ->
         raise ValueError(f"plan.logits_dtype={plan.logits_dtype} with {hidden.dtype} hidden states: expected {expected}, or None for the first")
     scale = plan.grad_scale
     if isinstance(scale, Tensor):
-        if scale.dim() or not scale.is_floating_point() or scale.requires_grad:
-            raise ValueError(f"plan.grad_scale is {scale.dtype} {list(scale.shape)}: expected a number or a 0-d floating tensor without gradient")
+        if scale.dim() or not scale.is_floating_point() or scale.requires_grad or scale.device != hidden.device:
+            raise ValueError(
+                f"plan.grad_scale is {scale.dtype} {list(scale.shape)} on {scale.device}: expected a number, or a 0-d floating tensor without "
+                f"gradient on {hidden.device}"
+            )
     elif not (math.isfinite(scale) and scale != 0):
         raise ValueError(f"plan.grad_scale={scale}: expected a finite number other than 0, the factor that the backward brings")
     if plan.main_grad is not None:

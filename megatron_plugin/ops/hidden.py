@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_plugin.kernels.chunks import chunk_size, plan_chunks
@@ -158,7 +159,9 @@ def _prepare(
     T = len(labels_T)
     size = plan.chunk_tokens
     if size is None:
-        row_bytes = workspace_row_bytes(V, logits_dtype, weight.dtype, head.softcap)
+        # of an equal shard, not of this rank's: ranks that cut their chunks differently would wait for each other for ever
+        ranks = 1 if tp.group is None else dist.get_world_size(tp.group)
+        row_bytes = workspace_row_bytes(-(-shard.vocab_size // ranks), logits_dtype, weight.dtype, head.softcap)
         size = chunk_size(T if kept is None else len(kept), row_bytes, hidden.device.type)
     chunks = plan_chunks(T, exchange.slices, size, kept=kept, device=hidden.device)
     sweep = Sweep(chunks, shard, logits_dtype, head.softcap, exchange, masked_inside=not on_host, main_grad=plan.main_grad)
@@ -171,7 +174,7 @@ def _kept_tokens(labels_T: Tensor, rows: Tensor | None, ignore_index: int) -> tu
     if rows is not None:
         rows = checked_rows(rows, len(labels_T))
         if not on_host:
-            there = rows.to(labels_T.device, non_blocking=True)
+            there = rows.pin_memory().to(labels_T.device, non_blocking=True)  # from pageable memory the copy may wait
             return torch.full_like(labels_T, ignore_index).index_copy_(0, there, labels_T[there]), rows
         check_nothing_lost(labels_T, rows, ignore_index)
     if not on_host:

@@ -44,7 +44,7 @@ class Plan:
     """How a call is computed.  Changes time and memory, the result only by rounding (and `min_weight` by what it drops)."""
 
     chunk_tokens: int | None = None
-    """Tokens whose logits exist at once.  None: 256 MiB of logits on a GPU and at least 2048 tokens; 128 MiB, 256 tokens and two chunks on the CPU."""
+    """Tokens whose logits exist at once.  None: 1 GiB of logits on a GPU or at least 2048 tokens; 128 MiB, 256 tokens and two chunks on the CPU."""
     logits_dtype: torch.dtype | None = None
     """Of the chunk; None: the hidden states'.  fp32 with bf16 hidden states keeps the logits unrounded at about twice the workspace."""
     rows: Tensor | None = None

@@ -42,6 +42,12 @@ def test_contenders_take_turns_and_slow_ones_leave_earlier():
     assert clock.order == [10.0, 100.0, 10.0, 100.0, 10.0, 100.0, 10.0, 10.0]
 
 
+def test_after_the_deadline_those_first_in_the_list_are_still_measured():
+    case, calls = logits_case(SHAPE, "cpu"), []
+    first, second = compare(case, [Contender("first", _stats(0.0, calls)), Contender("second", _stats(0.0, calls))], Work(), deadline=0.0)
+    assert first["rounds"] == 1 and second["reason"] == "time budget spent"
+
+
 def test_prepare_comes_before_every_call_and_a_failure_keeps_the_others():
     log, bomb = [], iter([1.0, 1.0])
     runs = {"good": Run(lambda state: log.append(state) or 5.0, lambda: "fresh"), "bad": Run(lambda _: next(bomb))}

@@ -52,7 +52,8 @@ FITS_NOT = {
     "rows twice": (dict(plan=Plan(rows=torch.tensor([0, 1, 1, 2, 3, 4, 5]))), r"plan.rows must be ascending"),
     "rows that leave out a live token": (dict(plan=Plan(rows=torch.tensor([0, 1, 2, 4, 5]))), r"leaves out 1 token.*the first at place 3"),
     "grad_scale 0": (dict(plan=Plan(grad_scale=0.0)), r"plan.grad_scale=0.0: expected a finite number other than 0"),
-    "grad_scale vector": (dict(plan=Plan(grad_scale=torch.ones(1))), r"plan.grad_scale is torch.float32 \[1\]: expected a number or a 0-d"),
+    "grad_scale vector": (dict(plan=Plan(grad_scale=torch.ones(1))), r"plan.grad_scale is torch.float32 \[1\] on cpu: expected a number, or a 0-d"),
+    "grad_scale elsewhere": (dict(plan=Plan(grad_scale=torch.ones((), device=META))), r"plan.grad_scale is torch.float32 \[\] on meta: .* on cpu"),
     "ledger of another weight": (dict(plan=Plan(main_grad=MainGrad(torch.nn.Parameter(torch.randn(V, H))))), r"ledger of another weight"),
 }  # fmt: skip
 

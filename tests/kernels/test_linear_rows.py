@@ -51,10 +51,11 @@ def test_neighbours_are_taken_without_a_copy():
 
 
 def test_size_of_a_chunk():
-    """Within the workspace, never below the tokens that GEMMs need, chunks of one size: 5000 tokens are 3 x 1792, not 2 x 2048 + 904."""
-    assert chunk_size(5000, 2 * 131072, "cuda") == 1792
+    """Within the workspace, never below the tokens that GEMMs need, chunks of one size: 5000 tokens are 2 x 2560, not 4096 + 904."""
+    assert chunk_size(5000, 2 * 131072, "cuda") == 2560
     assert chunk_size(2048, 2 * 131072, "cuda") == 2048
-    assert chunk_size(32768, 2 * 16384, "cuda") == 8192  # 256 MiB of a TP8 shard
+    assert chunk_size(65536, 2 * 16384, "cuda") == 32768  # 1 GiB of a TP8 shard
+    assert chunk_size(8192, 2 * 262144, "cuda") == 2048
     assert chunk_size(10, 2 * 131072, "cuda") == 128  # rounded up: the buffer is as long as its longest chunk anyway
     assert chunk_size(0, 2 * 131072, "cuda") > 0
     assert chunk_size(2048, 2 * 32768, "cpu") == chunk_size(2048, 4 * 32768, "cpu") == 1024  # two at least: one would be all the logits

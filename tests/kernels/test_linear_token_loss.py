@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from megatron_plugin import LOSSES, Head, Plan, TokenInputs, bind, linear_token_loss, linear_token_stats
-from megatron_plugin.kernels import gemm
 from megatron_plugin.kernels.backend import use_backend
 from megatron_plugin.losses.contract import TokenTerms
 from megatron_plugin.losses.reduction import evaluate_loss
@@ -112,14 +111,14 @@ HEADS = {
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_head(way, kind, dtype, device):
-    hidden, weight, labels, inputs = problem(dtype=dtype)
+    hidden, weight, labels, inputs = problem(37 if dtype.itemsize > 2 else 300, dtype=dtype)  # of 37, a bias column hangs on single roundings
     options = dict(HEADS[kind])
     if options.pop("bias", False):
         options["bias"] = torch.linspace(-2, 2, len(weight)).to(dtype)
     head = Head(**options)
     labels = labels.clamp(max=96)
     weight[97:] *= 20 if head.vocab_size else 1
-    got = way(hidden, weight, labels, "idft", inputs=inputs, head=head, device=device, chunk_tokens=9)
+    got = way(hidden, weight, labels, "idft", inputs=inputs, head=head, device=device, chunk_tokens=len(labels) // 4)
     truth = dense(hidden, weight, labels, "idft", inputs=inputs, head=head)
     if dtype in (torch.float64, torch.float32):
         bounds = FP64 if dtype == torch.float64 else FP32
@@ -127,8 +126,7 @@ def test_every_head(way, kind, dtype, device):
     else:
         rival = dense(hidden, weight, labels, "idft", inputs=inputs, head=head, dtype=dtype)
         for name, gradient in truth[1].items():
-            # a bias column hangs on few roundings: with the 37 tokens, measured 0.48 to 1.18 over 12 seeds
-            assert distance(got[1][name], gradient) <= 1.2 * distance(rival[1][name], gradient), name
+            assert distance(got[1][name], gradient) <= tol.EAGER_FACTOR * distance(rival[1][name], gradient), name
     if head.vocab_size:
         assert not got[1]["weight"][97:].any()
 
@@ -148,22 +146,6 @@ def test_fp32_logits_of_bf16_hidden_states(way, softcap, backend, device):
     assert (rounded.per_token.logp.cpu().double() - truth.per_token.logp).abs().max() > 100 * tol.LINEAR_VALUES
     for name, gradient in true_grads.items():
         assert grads[name].dtype == torch.bfloat16 and distance(grads[name], gradient) <= tol.LINEAR_FP32_LOGITS
-
-
-@pytest.mark.parametrize("way", [one_pass, two_pass])
-def test_half_precision_without_a_product_in_fp32(way, device, monkeypatch):
-    """A CPU without AVX512-BF16 or a compiler, a torch before 2.8 on a GPU: fp32 logits by blocks of fp32, dW's products rounded once each."""
-    monkeypatch.setattr(gemm, "offers_mm_fp32", lambda: False)
-    monkeypatch.setattr(gemm, "_offers_fp32", lambda *_: False)
-    monkeypatch.setattr(gemm, "BLOCK", {"cpu": 1, "cuda": 1})  # blocks of 64 columns, the last one smaller
-    hidden, weight, labels, inputs = problem(300, 64, 501, dtype=torch.bfloat16)
-    truth, true_grads = dense(hidden, weight, labels, "dft", inputs=inputs)
-    _, rival = dense(hidden, weight, labels, "dft", inputs=inputs, dtype=torch.bfloat16)
-    out, grads = way(hidden, weight, labels, "dft", inputs=inputs, device=device, chunk_tokens=40, logits_dtype=torch.float32)
-    torch.testing.assert_close(out.per_token.logp.cpu().double(), truth.per_token.logp, atol=tol.LINEAR_VALUES, rtol=tol.LINEAR_VALUES)
-    assert all(distance(grads[name], x) <= tol.LINEAR_FP32_LOGITS for name, x in true_grads.items())
-    _, grads = way(hidden, weight, labels, "dft", inputs=inputs, device=device, chunk_tokens=40)
-    assert all(distance(grads[name], x) <= tol.EAGER_FACTOR * distance(rival[name], x) for name, x in true_grads.items())
 
 
 @pytest.mark.parametrize("way", [one_pass, two_pass])

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.utils.checkpoint
 import triton
 import triton.language as tl
 
@@ -134,6 +135,24 @@ def test_a_second_backward_is_an_error_that_says_what_to_do(device):
     out.loss_sum.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second backward through token_loss.*two-pass"):
         out.loss_sum.backward()
+
+
+@pytest.mark.parametrize("loss", ["dft", "tests.test_ops.sharpened"])
+def test_recomputed_activations(loss, device):
+    """Under checkpointing without reentry the terms, differentiated inside the forward, must not start the recomputation there and then."""
+    runs = []
+
+    def block(x):
+        runs.append(1)
+        return token_loss(x * 2, labels, loss).loss_sum
+
+    labels, x = torch.randint(0, 50, (4,), device=device), torch.randn(4, 50, device=device, requires_grad=True)
+    (plain,) = torch.autograd.grad(token_loss(x * 2, labels, loss).loss_sum, x)
+    for reentrant in (False, True):
+        runs.clear()
+        y = x.detach().requires_grad_()
+        torch.utils.checkpoint.checkpoint(block, y, use_reentrant=reentrant).backward()
+        assert torch.equal(y.grad, plain) and len(runs) == 2, "once forward, once again in the backward"
 
 
 def test_logits_that_were_overwritten_cannot_be_used_by_another_backward(device):

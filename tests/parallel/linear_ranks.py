@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_plugin import Head, MainGrad, Plan, TensorParallel, TokenInputs, bind, linear_token_loss, linear_token_stats
+from megatron_plugin.kernels import chunks
 from megatron_plugin.losses.reduction import evaluate_loss
 
 
@@ -32,9 +33,14 @@ def _call(group, hidden, weight, labels, *, op, loss, params, inputs, bounds, se
     return out, h, w, b, ledger
 
 
-def gradients(group, *, main_grad=False, **call):
-    """(loss, tokens, logp [T], dX of this rank, dW of its columns, db)."""
-    out, h, w, b, ledger = _call(group, **call, main_grad=main_grad)
+def gradients(group, *, main_grad=False, workspace=None, **call):
+    """(loss, tokens, logp [T], dX of this rank, dW of its columns, db).  workspace: instead of the CPU's, for a small case of many chunks."""
+    before = chunks.WORKSPACE
+    chunks.WORKSPACE = before if workspace is None else {"cpu": workspace, "cuda": workspace}
+    try:
+        out, h, w, b, ledger = _call(group, **call, main_grad=main_grad)
+    finally:
+        chunks.WORKSPACE = before
     out.loss_sum.backward()
     if ledger:
         ledger.finalize()

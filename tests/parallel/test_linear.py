@@ -55,6 +55,16 @@ def test_every_split_equals_dense(op, sequence_parallel, split, chunk_tokens):
            sequence_parallel=sequence_parallel)  # fmt: skip
 
 
+def test_ranks_with_unequal_shards_cut_the_same_chunks():
+    """Each chunk is a collective: a size from this rank's own columns would leave the ranks waiting for each other."""
+    hidden, weight, labels, inputs = problem(512, H, V, dtype=torch.float32)
+    inputs, labels = {"coefficient": torch.ones(512), "advantage": inputs.advantage}, labels.clamp(min=0)
+    call = dict(hidden=hidden, weight=weight, labels=labels, op="loss", loss="luffy", params={}, inputs=inputs, vocab_size=None)
+    workspace = (256 * 48 * 4, 128, 1)  # bytes for 256 tokens of half the vocabulary: 4 chunks of a rank with 95 columns, 1 with one
+    results = on_ranks(2, RANKS, "gradients", **call, bounds=BOUNDS["2 uneven"], sequence_parallel=False, plan={}, workspace=workspace)
+    _check(results, dense(hidden, weight, labels, bind("luffy"), inputs=TokenInputs(**inputs)), BOUNDS["2 uneven"], sequence_parallel=False)
+
+
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tp", "tp+sp"])
 @pytest.mark.parametrize("dtype, main_grad", [(torch.float64, False), (torch.bfloat16, False), (torch.bfloat16, True)], ids=str)
 def test_dtypes_padding_bias_and_main_grad(sequence_parallel, dtype, main_grad):

@@ -95,7 +95,7 @@ def contender(kernel: str, chosen: dict | None) -> Contender:
 
 def warm(part: int, parts: int) -> None:
     """Compile every parts-th configuration into Triton's cache."""
-    case = logits_case(shapes.Shape(4, 151936), "cuda")
+    case = logits_case(shapes.Shape(16, 151936), "cuda")
     work = [(kernel, chosen) for kernel in SWEEPS for chosen in options(kernel)]
     for kernel, chosen in work[part::parts]:
         call, _ = _call(kernel, case)

@@ -114,13 +114,15 @@ def by_shape(rows: list[dict], benchmark: str) -> dict[str, Rows]:
     return shapes
 
 
+def _asked(target: Target, shapes: dict[str, Rows], held_out: bool) -> dict[str, Rows]:
+    """The shapes that a target speaks of."""
+    first = {shape: next(iter(rows.values())) for shape, rows in shapes.items()}
+    return {s: rows for s, rows in shapes.items() if first[s]["held_out"] == held_out and "T" in first[s] and target.where(first[s])}
+
+
 def _worst(target: Target, shapes: dict[str, Rows], held_out: bool) -> tuple[float, str, int] | None:
     """(worst value, its shape, how many shapes have a value)."""
-    values = []
-    for shape, rows in shapes.items():
-        first = next(iter(rows.values()))
-        if first["held_out"] == held_out and "T" in first and target.where(first) and (value := target.value(rows)) is not None:
-            values.append((value, shape))
+    values = [(value, s) for s, rows in _asked(target, shapes, held_out).items() if (value := target.value(rows)) is not None]
     if not values:
         return None
     return *(max if target.at_most else min)(values), len(values)
@@ -147,5 +149,7 @@ def verdicts(rows: list[dict], device: str, *, tiny: bool = False) -> list[dict]
             verdict = "not measured (" + ("tiny shapes" if tiny else _why_not(target, shapes)) + ")"
         else:
             verdict = "met" if target.holds(frozen[0]) else "not met"
+            asked = len(_asked(target, shapes, False))
+            verdict += "" if frozen[2] == asked else f" on {frozen[2]} of {asked} shapes, the rest not measured"
         lines.append({"op": target.op, "target": target.text, "frozen": frozen, "held_out": held_out, "verdict": verdict})
     return lines

@@ -12,7 +12,12 @@ AGREE = 1e-5  # relative: two ways of forming one scale in fp32
 
 
 class MainGrad:
-    """The ledger of one weight; make one per weight and keep it, call `finalize()` before the optimiser's step."""
+    """The ledger of one weight; make one per weight and keep it, call `finalize()` before the optimiser's step.
+
+    Every use of the weight in a step must go through main_grad: DDP's hook throws p.grad of a marked weight away, unless it is tied and
+    megatron-core set zero_out_wgrad.  Without DDP a sparse p.grad of zeros stays behind; set it to None.  main_grad in bf16
+    (grad_reduce_in_fp32=False) is rounded once per chunk, in fp32 never.
+    """
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight

@@ -101,7 +101,7 @@ def loss_kernel(
     a = tl.where(logp != logp, logp, terms[1] * coef)  # a clip must not swallow it
     b = (terms[2] - bonus) * coef
     c = (terms[3] + tl.where(z_weight == 0.0, 0.0, 2.0 * z_weight * lse)) * coef
-    weight = terms[4] + 0.0 * logp
+    weight = terms[4] + tl.zeros_like(logp)
     a, b, c = tl.where(live, a, 0.0), tl.where(live, b, 0.0), tl.where(live, c, 0.0)
     reach = tl.maximum(tl.maximum(tl.abs(a), tl.abs(b), propagate_nan=tl.PropagateNan.ALL), tl.abs(c), propagate_nan=tl.PropagateNan.ALL)
 

@@ -42,7 +42,6 @@ class _TokenLoss(torch.autograd.Function):
         return dlogits_TV, None, None, None, None, None
 
 
-@torch.compiler.disable
 def token_loss_table(
     logits: Tensor, labels: Tensor, shard: Shard, objective: Objective, *, gather: Gather = one_shard, overwrite_logits: bool = False
 ) -> tuple[Tensor, Tensor]:

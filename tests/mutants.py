@@ -77,7 +77,7 @@ MUTANTS = [
     Mutant("dX is this rank's share", "megatron_plugin/parallel/hidden.py", "return Exchange(1, gather, reduce_dx=partial(_start_all_reduce, group))", "return Exchange(1, gather)", SPLIT),
     Mutant("chunks are sized by this rank's own shard", "megatron_plugin/ops/hidden.py", "workspace_row_bytes(-(-shard.vocab_size // ranks),", "workspace_row_bytes(V,", SPLIT + " -k unequal"),
     Mutant("terms differentiated in the forward start the recomputation", "megatron_plugin/losses/objective.py",
-           "with torch.enable_grad(), saving_as_it_is():", "with torch.enable_grad():", ONE_PASS + " -k recomputed"),
+           "torch.enable_grad(), saving_as_it_is():", "torch.enable_grad():", ONE_PASS + " -k recomputed"),
     Mutant("min_weight drops the heavy tokens", "kernels/linear_token_loss.py", "(~(table[REACH] < min_weight))", "(table[REACH] < min_weight)", "tests/kernels/test_linear_rows.py"),
     Mutant("the softcap's derivative is forgotten", "kernels/head.py", "dz[tile] = bent.square_().neg_().add_(1.0).mul_(dz[tile])", "pass", LINEAR),
     Mutant("the next chunk's tokens get this one's inputs", "kernels/linear_token_loss.py", "objective.at(chunk.tokens), sweep", "objective.at(slice(0, chunk.size)), sweep", LINEAR),

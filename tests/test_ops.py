@@ -161,3 +161,34 @@ def test_a_loss_over_the_batch_does_not_see_padding():
     alone = token_loss(logits, labels, "tests.losses.user_losses.over_batch_mean")
     padded = token_loss(torch.cat((logits, torch.randn(9, V))), torch.cat((labels, torch.full((9,), -100))), "tests.losses.user_losses.over_batch_mean")
     torch.testing.assert_close(padded.loss_sum, alone.loss_sum)
+
+
+@pytest.mark.parametrize("loss", [*sorted(LOSSES), "tests.test_ops.sharpened"])
+def test_inference_mode(loss, batch):
+    """Evaluation loops use it; nothing in it can be differentiated, not even on the way."""
+    inputs = TokenInputs(advantage=torch.ones(T), old_logp=torch.full((T,), -1.0))
+    with torch.inference_mode():
+        out = token_loss(*batch, loss, inputs=inputs)
+    torch.testing.assert_close(out.loss_sum.clone(), token_loss(*batch, loss, inputs=inputs).loss_sum.detach())
+
+
+def clamped(stats, inputs, *, mu):
+    """A user's loss whose parameter must be a tensor, and is told so by name."""
+    return TokenTerms(loss=-mu.clamp(0, 1) * stats.logp, metrics={"mu": mu.expand_as(stats.logp)})
+
+
+def test_a_parameter_may_be_a_tensor_from_the_first_call_on(batch):
+    logits, labels = batch
+    assert torch.equal(token_loss(*batch, bind("eaft", vocab_size=torch.tensor(40.0))).loss_sum, token_loss(*batch, bind("eaft", vocab_size=40)).loss_sum)
+    out = token_loss(*batch, bind(clamped, mu=torch.tensor(0.5)))
+    torch.testing.assert_close(out.loss_sum, 0.5 * token_loss(*batch, "sft").loss_sum)
+    assert out.metric_sums["mu"] == 0.5 * T
+
+
+@pytest.mark.parametrize("name", ["logp", "reach", "nll", "z_loss"])
+def test_a_metric_must_not_take_the_name_of_ours(name, batch):
+    def loss(stats, inputs):
+        return TokenTerms(loss=-stats.logp, metrics={name: stats.logp.detach()})
+
+    with pytest.raises(ValueError, match=f"metric called '{name}'"):
+        token_loss(*batch, loss)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_plugin.kernels.objective import COLUMNS
 from megatron_plugin.kernels.token_stats import TokenStats
 from megatron_plugin.losses.regularisers import REGULARISERS
 
@@ -77,7 +78,7 @@ def check_terms(terms: TokenTerms, shape: torch.Size, name: str = "(unnamed)") -
     """TermsError unless loss, weight and metrics have `shape` and no metric takes a name of BASE_METRICS.  Shapes only, nothing is read."""
     if not isinstance(terms, TokenTerms):
         raise TermsError(f"loss '{name}' returned {type(terms).__name__}, expected TokenTerms(loss=..., weight=..., metrics={{...}})")
-    if taken := sorted(set(terms.metrics) & set(BASE_METRICS)):
+    if taken := sorted(set(terms.metrics) & ({*BASE_METRICS, *COLUMNS} - set(REGULARISERS))):
         raise TermsError(f"loss '{name}' returned a metric called '{taken[0]}', which is reported for every loss; rename it")
     weight = {} if terms.weight is None else {"weight": terms.weight}
     for key, value in {"loss": terms.loss, **weight, **terms.metrics}.items():
@@ -117,6 +118,8 @@ class TokenLoss:
     def __call__(self, stats: TokenStats, inputs: TokenInputs) -> TokenTerms:
         terms = self.fn(stats, inputs, **self.params)
         check_terms(terms, stats.logp.shape, self.name)  # before a regulariser turns a scalar into [T]
+        if taken := sorted(set(terms.metrics) & set(REGULARISERS)):
+            raise TermsError(f"loss '{self.name}' returned a metric called '{taken[0]}', the name of a regulariser; rename it")
         for key, coefficient in self.regularisers.items():
             added = REGULARISERS[key](stats, coefficient=coefficient)
             terms = terms._replace(loss=terms.loss + added, metrics={**terms.metrics, key: added.detach()})

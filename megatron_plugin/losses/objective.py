@@ -29,9 +29,13 @@ def objective_of(loss: TokenLoss, inputs: TokenInputs, *, grad_scale: Number = 1
     def terms(stats: TokenStats, live: Tensor, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         plain = {name: x for name, x in given.items() if not name.startswith("extra.")}
         extra = {name.removeprefix("extra."): x for name, x in given.items() if name.startswith("extra.")}
+        token_inputs = TokenInputs(**plain, extra=extra)
+        if torch.is_inference_mode_enabled():  # nothing can be differentiated there, nobody asks for a gradient
+            found, masked = masked_terms(loss, stats, token_inputs, live)
+            return term_table(stats, found, masked, live)[0], torch.zeros_like(stats.logp)[:, None].expand(-1, 3)
         with torch.enable_grad(), saving_as_it_is():
             leaves = TokenStats(*(torch.where(live, x, 0.0).detach().requires_grad_() for x in stats))
-            found, masked = masked_terms(loss, leaves, TokenInputs(**plain, extra=extra), live)
+            found, masked = masked_terms(loss, leaves, token_inputs, live)
             table_CT, weighted_T = term_table(leaves, found, masked, live)
             slopes = torch.autograd.grad(weighted_T.sum(), leaves, allow_unused=True, materialize_grads=True)
         a_T, b_T, c_T = slopes
@@ -40,7 +44,7 @@ def objective_of(loss: TokenLoss, inputs: TokenInputs, *, grad_scale: Number = 1
         table_CT[COLUMNS.index("reach")] = grads_T3.abs().amax(-1)
         return table_CT, grads_T3
 
-    twin = resolve_twin(loss)
+    twin = None if inputs.extra else resolve_twin(loss)  # extra inputs have no place in the twin ABI: PyTorch terms then
     twin = None if twin is None else Twin(twin, _twin_params(loss), len(metrics))
     regularisers = {name: loss.regularisers.get(name, 0.0) for name in REGULARISERS}
     return Objective(terms, inputs.tensors(), grad_scale, twin=twin, **regularisers), metrics

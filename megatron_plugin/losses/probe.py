@@ -168,11 +168,19 @@ def own_metrics(loss: TokenLoss, given: frozenset[str]) -> tuple[str, ...]:
     ValueError where the loss needs an input that is not given.  Kept for a loss with a twin, whose function is not called otherwise.
     """
     defaults = {p.name: p.default for p in inspect.signature(loss.fn).parameters.values() if p.default is not p.empty}
-    # reading a tensor would wait for the GPU; a default is as good, names do not depend on it
-    numbers = {name: defaults.get(name, 1.0) if isinstance(value, Tensor) else value for name, value in loss.params.items()}
+    # reading a tensor would wait for the GPU: a number of ours stands in, as a tensor, since range checks look at numbers
+    numbers = {name: _stand_in(value, defaults.get(name)) for name, value in loss.params.items()}
     if loss.twin is None:
         return _try_metrics(loss.fn, given, tuple(numbers.items()))
-    return _kept_metrics(loss.fn, given, tuple(numbers.items()))
+    return _kept_metrics(loss.fn, given, tuple(name for name, value in loss.params.items() if isinstance(value, Tensor)),
+                         tuple((name, value) for name, value in numbers.items() if not isinstance(value, Tensor)))  # fmt: skip
+
+
+def _stand_in(value: float | Tensor, default: object) -> float | Tensor:
+    if not isinstance(value, Tensor):
+        return value
+    number = default if isinstance(default, (int, float)) else 1.0
+    return value.detach() if value.device.type == "cpu" else torch.tensor(float(number), dtype=value.dtype, device="cpu")
 
 
 def _try_metrics(fn: LossFunction, given: frozenset[str], params: tuple[tuple[str, float], ...]) -> tuple[str, ...]:
@@ -184,7 +192,9 @@ def _try_metrics(fn: LossFunction, given: frozenset[str], params: tuple[tuple[st
         return tuple(loss(stats, TokenInputs(**plain, extra=extra)).metrics)
 
 
-_kept_metrics = lru_cache(maxsize=256)(_try_metrics)
+@lru_cache(maxsize=256)
+def _kept_metrics(fn: LossFunction, given: frozenset[str], tensors: tuple[str, ...], numbers: tuple[tuple[str, float], ...]) -> tuple[str, ...]:
+    return _try_metrics(fn, given, (*((name, torch.tensor(1.0, device="cpu")) for name in tensors), *numbers))
 
 
 def metric_names(loss: TokenLoss) -> list[str]:

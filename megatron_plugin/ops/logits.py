@@ -51,6 +51,7 @@ def token_stats(
     return shard_token_stats(logits, labels, shard, gather=gather_over(tp_group, shard, logits.shape[-1]), overwrite_logits=overwrite_logits)
 
 
+@torch.compiler.disable
 def token_loss(
     logits: Tensor,
     labels: Tensor,
@@ -71,7 +72,7 @@ def token_loss(
 
     loss: a name in LOSSES, a dotted path, a function (stats, inputs) -> TokenTerms, or what `bind` returns.  inputs: per-token tensors
     of labels' shape; a token whose coefficient is 0 is masked as if it were labelled ignore_index.  overwrite_logits: the gradient takes
-    the place of the logits, for a token-local loss already in the forward.  The rest as in `token_stats`.
+    the place of the logits, for a token-local loss already in the forward (of a leaf too, whose .grad is then its own memory).  The rest as in `token_stats`.
 
     loss_sum: 0-d with gradient, sum of coefficient x loss over live tokens.  num_tokens: 0-d int32, live tokens.  metric_sums: 0-d sums
     over live tokens.  per_token: detached tensors of labels' shape.  Nothing here waits for the GPU.

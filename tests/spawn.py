@@ -42,14 +42,18 @@ def _serve(rank: int, store: str, pipe) -> None:
             for child in mp.active_children():  # megatron-core's checkpoint writer leaves one
                 child.terminate()
             os._exit(0)  # the session is over; leaving a process group whose peers are gone can hang
-        # A fresh world for each request: megatron-core never destroys the groups it makes, and each keeps threads
+        # A fresh world for each request: megatron-core never destroys the groups it makes, and each keeps threads.
+        # The old one goes here, where every rank has answered: a group destroyed while a peer still talks to it kills the peer.
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        threads = len(os.listdir("/proc/self/task"))
         dist.init_process_group("gloo", store=dist.PrefixStore(str(request), store), rank=rank, world_size=size, timeout=timeout)
         try:
             answer = True, getattr(importlib.import_module(module), function)(dist.group.WORLD, **arguments)
         except BaseException as error:
             answer = False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
-        dist.destroy_process_group()
-        pipe.send((*answer, len(os.listdir("/proc/self/task"))))
+            dist.destroy_process_group()  # peers that wait for this rank fail at once instead of at their timeout
+        pipe.send((*answer, threads))
 
 
 @cache
@@ -76,12 +80,17 @@ def on_ranks(size: int, module: str, function: str, **arguments) -> list:
         pipe.send((request, size, module, function, arguments))
     answers = []
     for rank, pipe in enumerate(pipes):
-        if not pipe.poll(TIMEOUT_S):
+        try:
+            if not pipe.poll(TIMEOUT_S):
+                raise TimeoutError(f"rank {rank} of {size} did not finish {module}.{function} within {TIMEOUT_S} s")
+            answers.append(pipe.recv())
+        except (TimeoutError, EOFError) as error:
+            processes[rank].join(5)
+            died = f"rank {rank} of {size} died in {module}.{function}: exit code {processes[rank].exitcode}"
             for process in processes:  # a late answer must not be taken for that of the next question
                 process.kill()
             _pool.cache_clear()
-            raise TimeoutError(f"rank {rank} of {size} did not finish {module}.{function} within {TIMEOUT_S} s")
-        answers.append(pipe.recv())
+            raise error if isinstance(error, TimeoutError) else RuntimeError(died) from None
     if max(threads for *_, threads in answers) > THREADS:
         for pipe in _pool()[0]:
             pipe.close()  # the ranks end themselves; the next question starts new ones

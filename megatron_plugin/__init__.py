@@ -21,6 +21,7 @@ _HOME = {
     "Head": "ops",
     "Plan": "ops",
     "MainGrad": "kernels.main_grad",
+    "attach": "hooks.attach",
 }
 __all__ = sorted(_HOME)
 

@@ -14,7 +14,7 @@ b sequences of a micro-batch, s tokens of a sequence, V/tp columns of the vocabu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -23,11 +23,12 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch import distributed as dist
 
+from megatron_plugin.hooks.report import check_normalised_per_step, check_will_be_divided, report, token_means
 from megatron_plugin.losses.binding import bind
 from megatron_plugin.losses.contract import TokenInputs, TokenLoss
 from megatron_plugin.ops import token_loss
 
-__all__ = ["make_loss_func", "token_means"]
+__all__ = ["make_loss_func", "masked_inputs", "token_means"]
 
 LossFunc = Callable[..., tuple[Tensor, Tensor, dict[str, Tensor]]]
 
@@ -64,20 +65,14 @@ def make_loss_func(
     options = {"tp_group": tp_group, "vocab_size": vocab_size, "temperature": temperature, "overwrite_logits": overwrite_logits}
 
     def loss_func(logits: Tensor, *, labels: Tensor, loss_mask: Tensor | None = None, inputs: TokenInputs | None = None):
-        if torch.is_grad_enabled() and config.finalize_model_grads_func is None:
-            raise ValueError(
-                "got config.finalize_model_grads_func=None, expected a function that divides the gradient by num_tokens: this loss_func "
-                "returns a sum; set it to megatron.core.distributed.finalize_model_grads, or evaluate under torch.no_grad()"
-            )
-        output = token_loss(logits, labels, bound, inputs=_masked(inputs, loss_mask), **options)
-        sums = {"lm loss": output.loss_sum.detach(), **{name: value for name, value in output.metric_sums.items() if name != "loss"}}
-        count = output.num_tokens.float()
-        return output.loss_sum, output.num_tokens, {name: torch.stack([value.float(), count]) for name, value in sums.items()}
+        check_will_be_divided(config)
+        output = token_loss(logits, labels, bound, inputs=masked_inputs(inputs, loss_mask), **options)
+        return report(output.loss_sum, output)
 
     return loss_func
 
 
-def _masked(inputs: TokenInputs | None, loss_mask: Tensor | None) -> TokenInputs:
+def masked_inputs(inputs: TokenInputs | None, loss_mask: Tensor | None) -> TokenInputs:
     """Megatron's loss_mask is our coefficient: 0 masks the token, any other value weights it."""
     inputs = TokenInputs() if inputs is None else inputs
     if loss_mask is None:
@@ -88,30 +83,9 @@ def _masked(inputs: TokenInputs | None, loss_mask: Tensor | None) -> TokenInputs
 
 
 def _check(config: TransformerConfig) -> None:
-    if not config.calculate_per_token_loss:
-        # With the flag off, megatron-core averages the means of ranks and micro-batches: 0.86455 instead of 0.86278 in the gradient norm
-        # of two DP ranks with unequal masks, and Adam with clipping hides it.
-        raise ValueError(
-            "got config.calculate_per_token_loss=False, expected True: with it off, tokens of short sequences weigh more than those of "
-            "long ones; set it in TransformerConfig before DistributedDataParallel is built (--calculate-per-token-loss in Megatron-LM)"
-        )
+    check_normalised_per_step(config)
     if config.mtp_num_layers:
         raise ValueError(
             f"got config.mtp_num_layers={config.mtp_num_layers}, expected None: this loss_func takes logits, so the model is called "
-            "without labels, and then megatron-core's MTP layers get no loss (up to 0.16 they crash)"
+            "without labels, and then megatron-core's MTP layers get no loss (up to 0.16 they crash); use megatron_plugin.attach"
         )
-
-
-def token_means(reports: Sequence[dict[str, Tensor]], *, group: dist.ProcessGroup | None = None) -> dict[str, float]:
-    """Token means of a step from the reports of its micro-batches, summed over `group` (DP with CP): one all-reduce, one host sync.
-
-    Returns {name: mean} and "num_tokens"; {} where there are no reports (every pipeline stage but the last); nan if no token was live."""
-    if not reports:
-        return {}
-    names = list(reports[0])
-    total = torch.stack([torch.stack([report[name] for name in names]) for report in reports]).double().sum(0)  # [names, 2]
-    if group is not None:
-        dist.all_reduce(total, group=group)
-    sums, counts = total.T.tolist()
-    means = {name: value / count if count else float("nan") for name, value, count in zip(names, sums, counts, strict=True)}
-    return means | {"num_tokens": counts[0]}

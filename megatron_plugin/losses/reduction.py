@@ -16,7 +16,7 @@ from megatron_plugin.kernels.objective import COLUMNS
 from megatron_plugin.losses.contract import BASE_METRICS, TokenInputs, TokenLoss, TokenStats, TokenTerms, check_terms
 from megatron_plugin.losses.regularisers import REGULARISERS
 
-__all__ = ["LossOutput", "PerToken", "evaluate_loss", "masked_terms", "output_of_table", "term_table"]
+__all__ = ["LossOutput", "PerToken", "evaluate_loss", "evaluate_tokens", "masked_terms", "output_of_table", "term_table"]
 
 
 class PerToken(NamedTuple):
@@ -91,7 +91,12 @@ def evaluate_loss(loss: TokenLoss, stats: TokenStats, inputs: TokenInputs, live:
     Rows that are not live add exactly 0 to every sum whatever their statistics, inputs or coefficient hold, and send exactly 0 back.  With
     no live token the sum is 0 and keeps its gradient edge, so that every rank meets the collectives of the backward.
     """
+    return evaluate_tokens(loss, stats, inputs, live)[1]
+
+
+def evaluate_tokens(loss: TokenLoss, stats: TokenStats, inputs: TokenInputs, live: Tensor) -> tuple[Tensor, LossOutput]:
+    """coefficient x loss of every token [T], with gradient and before the sum, and what `evaluate_loss` gives."""
     terms, inputs = masked_terms(loss, stats, inputs, live)
     table_CT, weighted_T = term_table(stats, terms, inputs, live)
     own = [name for name in terms.metrics if name not in REGULARISERS]
-    return output_of_table(table_CT, weighted_T.sum(), live.sum(dtype=torch.int32), loss, own, live.shape)
+    return weighted_T, output_of_table(table_CT, weighted_T.sum(), live.sum(dtype=torch.int32), loss, own, live.shape)

@@ -1,0 +1,136 @@
+"""attach and detach on real GPTModels: nothing changes but the loss, which is right for any upstream gradient; what does not fit is refused."""
+
+import pytest
+import torch
+
+from megatron_plugin import Head
+from tests import tolerances as tol
+from tests.kernels.linear_oracle import distance
+from tests.spawn import on_ranks
+
+RANKS = "tests.hooks.attach_ranks"
+VOCABULARY = 37
+
+
+def _close(ours: dict, theirs: dict, bound: float):
+    assert ours.keys() == theirs.keys() and len(ours) > 5
+    for name, gradient in theirs.items():
+        assert gradient.any(), name
+        assert distance(ours[name], gradient) <= bound, (name, distance(ours[name], gradient))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_sft_is_the_models_own_loss_and_detach_leaves_no_trace(size, tied):
+    for found in on_ranks(size, RANKS, "sft_against_stock", tied=tied):
+        (before, before_grads), (ours, grads), (after, after_grads) = (found["runs"][k] for k in ("before", "with", "after"))
+        torch.testing.assert_close(ours, before, atol=tol.ATTACH_LOSS, rtol=tol.ATTACH_LOSS)
+        _close(grads, before_grads, tol.ATTACH_GRAD)
+        assert torch.equal(after, before) and all(torch.equal(after_grads[n], g) for n, g in before_grads.items()), "bit by bit"
+        assert found["after"] == found["before"] and found["keys"] == found["before"][:2]
+        assert torch.equal(found["logits"], found["stock logits"]), "without labels the model gives logits as before"
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_multi_token_prediction_heads_keep_their_loss(tied):
+    """megatron-core calls the head for its MTP layer first; its gradient enters through hidden states, beside the main loss's."""
+    for found in on_ranks(1, RANKS, "sft_against_stock", tied=tied, mtp=True):
+        (before, before_grads), (ours, grads), _ = (found["runs"][k] for k in ("before", "with", "after"))
+        assert any("mtp" in name for name in before_grads)
+        torch.testing.assert_close(ours, before, atol=tol.ATTACH_LOSS, rtol=tol.ATTACH_LOSS)
+        _close(grads, before_grads, tol.ATTACH_GRAD)
+
+
+CASES = {
+    "dft": dict(loss="dft"),
+    "chord_phi with an entropy bonus": dict(loss="chord_phi", params=dict(entropy_bonus=0.05)),
+    "grpo": dict(loss="grpo", grad_inputs=True),
+    "padding masked": dict(loss="dft", head=Head(vocab_size=VOCABULARY)),
+    "temperature": dict(loss="idft", head=Head(vocab_size=VOCABULARY, temperature=0.7)),
+    "softcap": dict(loss="dft", head=Head(softcap=5.0)),
+    "bias": dict(loss="dft", bias=True),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("size", [1, 2])
+def test_per_token_loss_under_any_upstream_gradient(case, size):
+    for ours, grads, truth, true_grads, total, true_total in on_ranks(size, RANKS, "two_pass", **CASES[case]):
+        torch.testing.assert_close(ours, truth, atol=tol.ATTACH_LOSS, rtol=tol.ATTACH_LOSS)
+        assert ours.shape == (2, 8) and ours.dtype == torch.float32
+        assert total == pytest.approx(true_total, rel=1e-5)
+        _close(grads, true_grads, tol.ATTACH_GRAD)
+
+
+def test_masks_and_weights():
+    """A loss_mask only masks in the model's output, and weights once where the sum is formed; a coefficient is part of the loss."""
+    (found,) = on_ranks(1, RANKS, "masks")
+    weights, plain = found["weights"], found["plain"]
+    live = weights != 0
+    assert torch.equal(found["masked"], plain.where(live, 0.0)) and (~live).any()
+    torch.testing.assert_close(found["coefficient"], plain * weights)
+    expected = (plain * weights).sum()
+    for way in ("two_pass sum", "one_pass sum", "one_pass coefficient", "no grad", "poisoned"):
+        total, count, report = found[way]
+        torch.testing.assert_close(total, expected, atol=0, rtol=2e-6, msg=way)
+        assert count.dtype == torch.int32 and int(count) == int(live.sum()) and report["nll"][1] == live.sum()
+        torch.testing.assert_close(report["lm loss"][0], expected, atol=0, rtol=2e-6)
+
+
+MESSAGES = {
+    "twice": "already has a loss attached; call detach()",
+    "adapter": "the output layer is a _Adapter, expected megatron-core's ColumnParallelLinear",
+    "own forward": "the output layer _OwnForward has a forward of its own",
+    "fp8": "the head's weight is a _Quantised of torch.float32, expected a plain",
+    "deferred": "defer_embedding_wgrad_compute=True, expected False",
+    "bias given": "takes the bias of the model's own output layer",
+    "rows given": "plan.main_grad and plan.rows change with the step",
+    "vocabulary": "got head.vocab_size=49, expected 1 to 48",
+    "flag": "calculate_per_token_loss=False, expected True",
+    "unknown loss": "dtf",
+    "unknown parameter": "gama",
+    "not a model": "got a model of Linear, expected megatron-core's GPTModel",
+    "loss_func twice": "loss_func was called twice for one forward",
+    "second forward": "a second forward inside one handle.inputs",
+    "inputs without labels": "handle.inputs was given for a forward without labels",
+    "nobody divides": "finalize_model_grads_func=None",
+    "piecewise": "called outside model.forward",
+    "mask": "loss_mask [2, 8] does not fit labels [2, 7]",
+    "shape": "labels [7, 2] do not fit hidden [8, 2, 16]: expected [8, 2]",
+}
+
+
+def test_what_is_refused():
+    (found,) = on_ranks(1, RANKS, "refusals")
+    assert found.keys() == MESSAGES.keys()
+    for case, message in MESSAGES.items():
+        assert message in found[case], (case, found[case])
+
+
+def test_a_stage_without_the_head_is_left_alone():
+    (first, first_repr, added), (last, last_repr, _) = on_ranks(2, RANKS, "stages")
+    assert not first and "nothing attached" in first_repr and added == []
+    assert last and "dft, two-pass" in last_repr
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("dtype, scale", [("bf16", 1.0), ("fp16", 2.0**14)])
+def test_half_precision_under_the_wrappers(size, dtype, scale):
+    """DDP(Float16Module(GPTModel)), sequence parallel on two ranks, fp16 with the loss scale the schedule multiplies by."""
+    for results in on_ranks(size, RANKS, "half", dtype=dtype, scale=scale):
+        truth, true_loss = results["logits"]
+        for way in ("two_pass", "one_pass", "main_grad"):
+            gradients, loss = results[way]
+            assert loss == pytest.approx(true_loss, rel=tol.ATTACH_HALF[dtype])
+            for name, gradient in truth.items():
+                assert gradient.any() and distance(gradients[name], gradient) <= tol.ATTACH_HALF[dtype], (way, name, distance(gradients[name], gradient))
+
+
+@pytest.mark.parametrize("way", ["two_pass", "one_pass"])
+def test_overlapped_parameter_gather(way):
+    """The distributed optimizer gathers the head's parameters when the head is called: skipped, the loss would see last step's weights."""
+    stock = on_ranks(2, RANKS, "parameter_gather", way="stock")
+    ours = on_ranks(2, RANKS, "parameter_gather", way=way)
+    for mine, theirs in zip(ours, stock, strict=True):
+        for name, weight in theirs.items():
+            torch.testing.assert_close(mine[name], weight, atol=tol.ATTACH_STEPS, rtol=0, msg=name)

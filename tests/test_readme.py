@@ -28,6 +28,12 @@ def test_the_drop_in_under_megatrons_groups():
         assert num_tokens == 3 and report["nll"] == pytest.approx([float((-logp * loss_mask).sum()), 3.0], rel=1e-6)
 
 
+def test_attach_in_a_forward_step():
+    source = next(s for s in SNIPPETS if "attach(model" in s)
+    for loss_sum, num_tokens, expected, tokens in on_ranks(2, "tests.hooks.attach_ranks", "readme", source=source.replace("151_643", "37")):
+        assert loss_sum == pytest.approx(expected, rel=1e-5) and num_tokens == tokens
+
+
 def test_the_loss_from_hidden_states():
     source = next(s for s in SNIPPETS if "def head_loss" in s)
     namespace = {}

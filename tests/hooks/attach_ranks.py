@@ -285,3 +285,40 @@ def parameter_gather(group, *, way: str, steps: int = 3) -> dict[str, torch.Tens
         for group_ in (model.bucket_groups if hasattr(model, "bucket_groups") else []):
             group_.start_param_sync(force_sync=True)
         return {name: p.detach().clone() for name, p in model.module.named_parameters()}
+
+
+def readme(group, *, source: str) -> tuple[float, int, float, int]:
+    """(sum, tokens) from the README's forward_step, and what the whole logits give."""
+    with megatron(group.size()):
+        namespace = {"model": _gpt(config_of(group.size()))}
+        exec(source, namespace)
+        tokens, labels, mask = batch_of(0)
+        batch = dict(tokens=tokens, position_ids=torch.arange(SEQUENCE).expand_as(tokens), labels=labels, loss_mask=mask)
+        output, loss_func = namespace["forward_step"](iter([batch]), namespace["model"])
+        loss_sum, num_tokens, _ = loss_func(output)
+        logits = _call(namespace["model"], labels=None)
+        true = token_loss(logits, labels, "dft", tp_group=group, vocab_size=VOCABULARY, inputs=TokenInputs(coefficient=mask))
+        return float(loss_sum), int(num_tokens), float(true.loss_sum), int(true.num_tokens)
+
+
+def mtp_step(group, *, tied: bool) -> dict[str, dict[str, torch.Tensor]]:
+    """{way: gradients under DDP and the schedule} of a model with a multi-token-prediction layer."""
+    with megatron(group.size()):
+        config = config_of(group.size(), mtp_num_layers=1, mtp_loss_scaling_factor=0.5)
+        gpt = _gpt(config, tied=tied, mtp=True)
+        model = DistributedDataParallel(config=config, ddp_config=DistributedDataParallelConfig(), module=gpt)
+        results = {}
+        for way in ("stock", "two_pass", "one_pass", "main_grad"):
+            handle = None if way == "stock" else attach(model, "sft", one_pass=way != "two_pass", main_grad=way == "main_grad")
+
+            def forward_step(batches, model, handle=handle):
+                tokens, labels, mask = next(batches)
+                out = model(tokens, torch.arange(SEQUENCE).expand_as(tokens), None, labels=labels, loss_mask=mask)
+                return out, handle.loss_func if handle else lambda loss: ((loss * mask).sum(), mask.sum().int(), {})
+
+            model.zero_grad_buffer()
+            forward_backward(forward_step, [batch_of(0), batch_of(1)], [model], shape=(2, SEQUENCE), train=True)
+            results[way] = {name: p.main_grad.clone() for name, p in gpt.named_parameters()}
+            if handle:
+                handle.detach()
+        return results

@@ -41,6 +41,14 @@ def test_multi_token_prediction_heads_keep_their_loss(tied):
         _close(grads, before_grads, tol.ATTACH_GRAD)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_multi_token_prediction_in_every_way(size, tied):
+    for results in on_ranks(size, RANKS, "mtp_step", tied=tied):
+        for way in ("two_pass", "one_pass", "main_grad"):
+            _close(results[way], results["stock"], tol.ATTACH_GRAD)
+
+
 CASES = {
     "dft": dict(loss="dft"),
     "chord_phi with an entropy bonus": dict(loss="chord_phi", params=dict(entropy_bonus=0.05)),

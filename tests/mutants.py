@@ -36,6 +36,7 @@ VOCAB, NORMALISER, OFFLINE = "tests/parallel/test_vocab.py", "tests/parallel/tes
 TWINS, ONE_PASS = "tests/kernels/test_weighting.py", "tests/kernels/test_token_loss.py"
 LINEAR, TRAINING, SPLIT = "tests/kernels/test_linear_token_loss.py", "tests/kernels/test_linear_training.py", "tests/parallel/test_linear.py"
 DDP, CPU = "tests/hooks/test_main_grad.py", "tests/kernels/test_cpu_kernels.py"
+ATTACH, SELF, MOE = "tests/hooks/test_attach.py", "tests/hooks/test_self_test.py", "tests/parallel/test_moe_divisor.py"
 LOSSES, LAYOUTS = "tests/losses", "tests/trainer/test_layouts.py"
 
 MUTANTS = [
@@ -109,6 +110,26 @@ MUTANTS = [
     Mutant("the optimizer steps on NaN", "megatron_plugin/trainer/loop.py", 'if not math.isfinite(means["lm loss"]):', "if False:", "tests/trainer/test_bad_input.py -k number"),
     Mutant("the optimizer steps on a NaN gradient", "megatron_plugin/trainer/loop.py", "if not math.isfinite(grad_norm):", "if False:",
            "tests/trainer/test_bad_input.py -k gradient"),
+    Mutant("hidden states are handed on without their gradient", "megatron_plugin/hooks/gpt_model.py", "            return input_, None", "            return input_.detach(), None", f"{ATTACH}::test_sft_is_the_models_own_loss_and_detach_leaves_no_trace"),
+    Mutant("the main head gets the loss of the MTP heads", "megatron_plugin/hooks/gpt_model.py", "if seen.heads <= (self.model.config.mtp_num_layers or 0):", "if seen.heads <= 1 + (self.model.config.mtp_num_layers or 0):", ATTACH),
+    Mutant("detach leaves the head's class", "megatron_plugin/hooks/gpt_model.py", "        head.__class__ = type(head).__bases__[1]\n", "", ATTACH),
+    Mutant("a loss_mask weights twice", "megatron_plugin/hooks/attach.py", "self._loss_mask = seen.loss_mask if inputs.coefficient is None else None", "self._loss_mask = seen.loss_mask", "tests/hooks/test_attach.py::test_masks_and_weights"),
+    Mutant("labels in the batch's order, hidden states in the sequence's", "megatron_plugin/hooks/head_loss.py", "tokens.masked_labels().t().contiguous(), tokens", "tokens.masked_labels().contiguous().view(tokens.labels.shape[::-1]), tokens", ATTACH),
+    Mutant("the loss scale is not told", "megatron_plugin/hooks/head_loss.py", "scale = self.config.grad_scale_func(torch.ones((), device=hidden.device))", "scale = 1.0", f"{ATTACH}::test_half_precision_under_the_wrappers"),
+    Mutant("the books of main_grad are never closed", "megatron_plugin/hooks/attach.py", "        self._ledger.finalize()\n", "", f"{ATTACH}::test_a_dropped_forward_is_found"),
+    Mutant("context-parallel slices are not zig-zag", "megatron_plugin/parallel/context.py", "(pieces[rank], pieces[-1 - rank])", "(pieces[2 * rank], pieces[2 * rank + 1])", "tests/parallel/test_context.py"),
+    Mutant("the self-test reads a gradient another rank reduced", "megatron_plugin/hooks/self_test.py", "owned = not sharded or dist.get_rank(groups[0]) == 0", "owned = True", f"{SELF} -k PP2xDP2"),
+    Mutant("the self-test changes the user's config", "megatron_plugin/hooks/self_test.py", "probe = copy.copy(config)", "probe = config", f"{SELF} -k one"),
+    Mutant("the self-test keeps the user's callbacks", "megatron_plugin/hooks/self_test.py", "timers=None, grad_scale_func=None,", "timers=None,", f"{SELF} -k DP2"),
+    Mutant("the self-test leaves out the steady state of interleaving", "megatron_plugin/hooks/self_test.py", "(self.pipeline, 2 * self.pipeline)", "(self.pipeline, self.pipeline)", f"{SELF} -k batched_messages"),
+    Mutant("ranks judge the self-test for themselves", "megatron_plugin/hooks/self_test.py", "    for group in groups:", "    for group in groups[:0]:", f"{SELF} -k wrong_factor"),
+    Mutant("the self-test ignores the loss scale", "megatron_plugin/hooks/self_test.py", "probe_config.grad_scale_func = partial(torch.mul, LOSS_SCALE)", "pass", f"{SELF} -k fp16"),
+    Mutant("the self-test's masks are equal", "megatron_plugin/hooks/self_test.py", "return 5 * (rank + index) % POSITIONS", "return 5", f"{SELF} -k 'own_mean or flag or clamp'"),
+    Mutant("segments of different rows are one sequence", "megatron_plugin/parallel/normaliser.py", "rows * (ids.max() + 1) + ids", "ids", f"{NORMALISER} -k 'sequence_tokens or packed'"),
+    Mutant("a sequence's length counts untrained tokens", "megatron_plugin/parallel/normaliser.py", "live.long().flatten())", "torch.ones_like(place).flatten())", f"{NORMALISER} -k sequence_tokens"),
+    Mutant("lengths of another batch go unnoticed", "megatron_plugin/parallel/normaliser.py", "not isinstance(count.sequences, int)", "count.sequences is None", f"{NORMALISER} -k count_something_else"),
+    Mutant("N counts loss tokens under MoE", "megatron_plugin/parallel/normaliser.py", "    return real_tokens\n", "    return loss_tokens\n", MOE),
+    Mutant("N counts all tokens without an auxiliary loss", "megatron_plugin/parallel/normaliser.py", "and weighted):", "):", MOE),
 ]
 
 

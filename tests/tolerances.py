@@ -59,3 +59,7 @@ ATTACH_STEPS = 1.5e-5        # weights after three steps, absolute; measured 3.2
 LOGP_FAR = 6e-6
 # error of a padded head's gradients over that of the same head without padding; measured 1.0 (CPU), 1.5 with the widths of a GPU
 PADDED_HEAD = 2.0
+
+# one step's gradient against the dense objective in fp64, however it is split; absolute, gradients of size 0.1 to 0.8; and objectives, relative
+NORMALISER_GRAD = 6e-7       # measured 1.4e-7
+NORMALISER_LOSS = 4e-7       # measured 9.8e-8

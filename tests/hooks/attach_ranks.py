@@ -322,3 +322,30 @@ def mtp_step(group, *, tied: bool) -> dict[str, dict[str, torch.Tensor]]:
             if handle:
                 handle.detach()
         return results
+
+
+def dropped_forward(group, *, way: str) -> str:
+    """The error of a step in which the loss of one forward never meets a backward, or "" where none came; and of the step after it."""
+    with megatron(1):
+        config = config_of(1)
+        model = DistributedDataParallel(config=config, ddp_config=DistributedDataParallelConfig(), module=_gpt(config))
+        handle = attach(model, "dft", one_pass=way != "two_pass", main_grad=way == "main_grad")
+
+        def forward_step(drop, batches, model):
+            tokens, labels, mask = next(batches)
+            call = dict(labels=labels, loss_mask=mask)
+            if drop:
+                model(tokens, torch.arange(SEQUENCE).expand_as(tokens), None, **call)
+            return model(tokens, torch.arange(SEQUENCE).expand_as(tokens), None, **call), handle.loss_func
+
+        messages = []
+        for drop in (True, False):
+            model.zero_grad_buffer()
+            try:
+                forward_backward(partial(forward_step, drop), [batch_of(0)], [model], shape=(2, SEQUENCE), train=True)
+                messages.append("")
+            except RuntimeError as error:
+                messages.append(str(error))
+        before = config.finalize_model_grads_func
+        handle.detach()
+        return messages, before.__name__, config.finalize_model_grads_func.__name__

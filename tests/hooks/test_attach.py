@@ -142,3 +142,11 @@ def test_overlapped_parameter_gather(way):
     for mine, theirs in zip(ours, stock, strict=True):
         for name, weight in theirs.items():
             torch.testing.assert_close(mine[name], weight, atol=tol.ATTACH_STEPS, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("way", ["two_pass", "one_pass", "main_grad"])
+def test_a_dropped_forward_is_found(way):
+    """In main_grad the gradient of a loss nobody used is there already: megatron-core's finalize_model_grads_func is where the books are checked."""
+    (((first, second), during, after),) = on_ranks(1, RANKS, "dropped_forward", way=way)
+    assert ("the head ran 1 forward(s) without a backward" in first) == (way == "main_grad") and second == ""
+    assert during == ("_finalize" if way == "main_grad" else "finalize_model_grads") and after == "finalize_model_grads"

@@ -53,12 +53,16 @@ def test_same_gradients_in_every_layout(qk_layernorm):
 
 @pytest.mark.parametrize(
     "field, value",
-    [("num_moe_experts", 4), ("multi_latent_attention", True), ("layernorm_zero_centered_gamma", True), ("context_parallel_size", 2)],
+    [("num_moe_experts", 4), ("multi_latent_attention", True), ("layernorm_zero_centered_gamma", True)],
 )
 def test_what_the_local_layers_cannot_do(field, value):
     config = config_of()
     setattr(config, field, value)
     with pytest.raises(ValueError, match=f"got {field}={value}, expected .* without Transformer Engine"):
+        local_block_spec(config)
+    config = config_of()
+    config.context_parallel_size, config.window_size = 2, (8, 0)
+    with pytest.raises(ValueError, match=r"got window_size=\(8, 0\) with context parallelism, expected None"):
         local_block_spec(config)
     config = config_of()
     config.normalization = "L2Norm"

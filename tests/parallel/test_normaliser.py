@@ -6,12 +6,25 @@ Adam and gradient clipping hide a wrong normaliser, so the gradient itself is co
 import pytest
 import torch
 
+from megatron_plugin.data import cu_seqlens, pack_samples
+from megatron_plugin.data.tokenize import Sample
 from megatron_plugin.kernels.reference import token_stats_reference
-from megatron_plugin.parallel.normaliser import Source, SourceCount, StepCounts, StepMask, coefficients, count_step, divisor
+from megatron_plugin.parallel.normaliser import (
+    Source,
+    SourceCount,
+    StepCounts,
+    StepMask,
+    coefficients,
+    count_step,
+    divisor,
+    sequence_tokens,
+)  # fmt: skip
+from tests import tolerances as tol
 from tests.spawn import on_ranks
 
+RANKS = "tests.parallel.normaliser_ranks"
 H, V, S = 8, 50, 12  # hidden, vocabulary, positions per sequence
-GRADIENT = dict(atol=3e-7, rtol=3e-6)  # measured 1.2e-7 of a gradient of size 0.3
+GRADIENT = dict(atol=tol.NORMALISER_GRAD, rtol=0)
 
 
 @pytest.fixture
@@ -86,7 +99,7 @@ def test_gradient_is_the_same_under_every_split(step, layout, sources):
                        rollout=rollout, loss="sft", two_sources=two_sources)
     for gradient, value in results:
         torch.testing.assert_close(gradient.double(), truth, **GRADIENT)
-        torch.testing.assert_close(value, objective, atol=0, rtol=1e-6)
+        torch.testing.assert_close(value, objective, atol=0, rtol=tol.NORMALISER_LOSS)
 
 
 def test_context_parallel_slices_count_a_sequence_once(step):
@@ -97,6 +110,125 @@ def test_context_parallel_slices_count_a_sequence_once(step):
     for gradient, _ in on_ranks(2, "tests.parallel.ranks", "step_gradient", micro_batches=slices, weight=weight, expert=Source(),
                                 rollout=source, loss="sft", two_sources=False):
         torch.testing.assert_close(gradient.double(), truth, **GRADIENT)
+
+
+def _packed(step):
+    """The ten sequences in rows of two: [5, 2 S].  Their unused positions are padding of the segment (masked, but real)."""
+    rows = {k: v.reshape(5, 2 * S, *v.shape[2:]) for k, v in step.items() if k in ("hidden", "labels", "mask")}
+    return rows | {"segment_ids": torch.arange(2).repeat_interleave(S).expand(5, 2 * S).contiguous()}
+
+
+# context-parallel ranks, and the rows of each micro-batch of each data-parallel rank
+PACKED = {
+    "one rank": (1, [[[0, 1, 2, 3, 4]]]),
+    "CP2": (2, [[[0, 1, 2, 3, 4]]]),
+    "CP2, two micro-batches": (2, [[[0, 1], [2, 3, 4]]]),
+    "CP2, five micro-batches": (2, [[[0], [1], [2], [3], [4]]]),
+    "CP4": (4, [[[0, 1, 2, 3, 4]]]),
+    "CP2xDP2": (2, [[[0], [1, 4]], [[2, 3]]]),
+}
+MEANS = {
+    "sequences": Source(denominator="sequence"),
+    "constant": Source(denominator="constant", constant=S),
+    "sequence sums": Source(denominator="constant", constant=1),
+    "tokens": Source(),
+}
+
+
+def _rows(batch, layout):
+    context, ranks = PACKED[layout]
+    parts = [[{k: v[rows] for k, v in batch.items()} for rows in rank] for rank in ranks]
+    return context * len(parts), dict(micro_batches=parts, context=context)
+
+
+@pytest.mark.parametrize("mean", MEANS)
+@pytest.mark.parametrize("layout", PACKED)
+def test_packed_rows_over_context_parallel_ranks(step, layout, mean):
+    """Zig-zag slices, uneven masks, a masked sequence: the same gradient as the dense objective in fp64."""
+    weight = torch.randn(V, H) * 0.3
+    truth, objective = _objective(step, weight, Source(), MEANS[mean], False)
+    size, arguments = _rows(_packed(step), layout)
+    for gradient, value, counts in on_ranks(size, RANKS, "packed_gradient", weight=weight, source=MEANS[mean], **arguments):
+        torch.testing.assert_close(gradient.double(), truth, **GRADIENT)
+        torch.testing.assert_close(value, objective, atol=0, rtol=tol.NORMALISER_LOSS)
+        assert counts == StepCounts(SourceCount(0, 0), SourceCount(int(step["mask"].sum()), 9), 10 * S)
+
+
+def test_a_sequence_cut_over_micro_batches(step):
+    """Rows of half a sequence, the halves in different micro-batches of one rank: the whole sequence's length comes from sequence_ids."""
+    halves = [{k: v[:, part].contiguous() for k, v in step.items() if k in ("hidden", "labels", "mask")} for part in (slice(0, 4), slice(4, S))]
+    ids = [torch.arange(10)[:, None].expand_as(half["mask"]) for half in halves]
+    together = [torch.cat([x.flatten() for x in xs]) for xs in ([half["mask"] for half in halves], ids)]
+    lengths = sequence_tokens(together[0], sequence_ids=together[1]).split([half["mask"].numel() for half in halves])
+    batches = [half | {"segment_ids": i, "lengths": n.view_as(i)} for half, i, n in zip(halves, ids, lengths, strict=True)]
+    weight, source = torch.randn(V, H) * 0.3, Source(denominator="sequence")
+    truth, _ = _objective(step, weight, Source(), source, False)
+    for gradient, _, counts in on_ranks(2, RANKS, "packed_gradient", micro_batches=[batches], context=2, weight=weight, source=source):
+        torch.testing.assert_close(gradient.double(), truth, **GRADIENT)
+        assert counts.rollout.sequences == 9
+
+
+@pytest.mark.parametrize("layout", PACKED)
+def test_a_ratio_of_whole_sequences_over_context_parallel_ranks(step, layout):
+    """context_gather gives a loss the whole rows and sums the gradient back: GSPO's sequence ratio needs no more."""
+    weight, live = torch.randn(V, H) * 0.3, step["mask"].sum(1) > 0
+    old, advantage = -3.9 + 0.3 * torch.randn(10, S), torch.randn(10)
+    head = weight.double().requires_grad_()
+    logp, _, _ = token_stats_reference(step["hidden"].double() @ head.T, step["labels"])
+    means = ((logp - old) * step["mask"]).sum(1)[live] / step["lengths"][live, 0]
+    objective = -(advantage[live] * means.exp()).mean()
+    objective.backward()
+    batch = _packed(step) | {"old": old.view(5, 2 * S), "advantage": advantage[:, None].expand(10, S).reshape(5, 2 * S)}
+    size, arguments = _rows(batch, layout)
+    for gradient, value in on_ranks(size, RANKS, "sequence_ratio_gradient", weight=weight, **arguments):
+        torch.testing.assert_close(gradient.double(), head.grad, **GRADIENT)
+        torch.testing.assert_close(value, objective.detach(), atol=0, rtol=tol.NORMALISER_LOSS)
+
+
+def test_sequence_tokens_of_rows_segments_boundaries_and_ids():
+    mask = torch.tensor([[1.0, 0, 2, 1, 0, 1], [0, 0, 0, 1, 1, 0]])
+    segments = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, -1]])
+    assert sequence_tokens(mask).tolist() == [[4] * 6, [2] * 6]
+    assert sequence_tokens(mask, segment_ids=segments).tolist() == [[2, 2, 2, 2, 2, 2], [0, 0, 0, 2, 2, 0]]
+    assert sequence_tokens(mask, cu_seqlens=torch.tensor([0, 3, 6, 9, 12], dtype=torch.int32)).tolist() == [[2] * 6, [0] * 3 + [2] * 3]
+    assert sequence_tokens(mask, sequence_ids=segments).tolist() == [[2, 2, 2, 4, 4, 4], [2, 2, 2, 4, 4, 0]]  # 0 and 1 go on in the second row
+    assert sequence_tokens(mask, segment_ids=segments).dtype == torch.int64
+
+
+def test_sequence_tokens_agree_with_the_packer():
+    """PackedBatch.segment_ids and data.cu_seqlens say the same."""
+    samples = [Sample(torch.arange(n), torch.where(torch.arange(n) % 3 == 0, -100, torch.arange(n)), torch.ones(n), f"s:{n}") for n in (5, 7, 3, 9)]
+    batch = pack_samples(samples, 12, pad_id=0).batch(range(2))
+    live = batch.labels != -100
+    by_segment = sequence_tokens(live, segment_ids=batch.segment_ids)
+    assert torch.equal(by_segment, sequence_tokens(live, cu_seqlens=cu_seqlens(batch.segment_ids)))
+    assert count_step([StepMask(live.float(), sequence_tokens=by_segment)]).rollout.sequences == 4
+
+
+def test_lengths_that_count_something_else_are_refused():
+    """Tokens masked after counting, a sequence of two sources, lengths of 0: the sum of 1 / length is no number of sequences."""
+    mask, per_sequence = torch.ones(2, 4), Source(denominator="sequence")
+    stale = StepMask(mask * torch.tensor([1, 1, 0, 1]), sequence_tokens=sequence_tokens(mask))
+    mixed = StepMask(mask, torch.tensor([1, 0, 0, 0], dtype=torch.bool).expand(2, 4), sequence_tokens(mask))
+    empty = StepMask(mask, sequence_tokens=torch.zeros(2, 4))
+    for wrong, total in ((stale, "1.5"), (mixed, "1.5"), (empty, "inf")):
+        counts = count_step([wrong])
+        with pytest.raises(ValueError, match=f"add up to {total} sequences, expected a whole number"):
+            coefficients(wrong, counts, rollout=per_sequence)
+        assert coefficients(wrong, counts).isfinite().all()  # token means do not need them
+
+
+def test_sequence_tokens_errors():
+    mask = torch.ones(2, 3)
+    with pytest.raises(ValueError, match="got segment_ids and cu_seqlens, expected one"):
+        sequence_tokens(mask, segment_ids=mask.long(), cu_seqlens=torch.tensor([0, 6]))
+    with pytest.raises(ValueError, match=r"got segment_ids of shape \[2, 2\], expected that of loss_mask, \[2, 3\]"):
+        sequence_tokens(mask, segment_ids=torch.zeros(2, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"got 3 trained token\(s\) on padding"):
+        sequence_tokens(mask, segment_ids=torch.tensor([[0, 0, 0], [-1, -1, -1]]))
+    for boundaries in ([0, 3], [1, 6], [0, 4, 2, 6]):
+        with pytest.raises(ValueError, match="expected ascending boundaries from 0 to the 6 tokens"):
+            sequence_tokens(mask, cu_seqlens=torch.tensor(boundaries))
 
 
 def test_data_weights_scale_tokens_and_do_not_count():

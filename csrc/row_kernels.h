@@ -84,7 +84,7 @@ template <class T> float top_of(const T* x, int64_t n) {
 template <class T> Partial stats_part(const void* row, int64_t begin, int64_t n, float scale2) {
   const T* x = (const T*)row + begin;
   float highest_known = top_of(x, n < BLOCK ? n : BLOCK);
-  Partial done = {(highest_known > EMPTY ? highest_known : EMPTY) * scale2, 0, 0};
+  Partial done = {highest_known * scale2 > EMPTY ? highest_known * scale2 : EMPTY, 0, 0};
   Sum s, t;
   for (int64_t i = 0; i < n;) {
     const int64_t columns = n - i < BLOCK ? n - i : BLOCK;

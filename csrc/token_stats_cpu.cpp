@@ -33,7 +33,9 @@ template <> float minus_infinity() { return -INFINITY; }
 template <> bf16 minus_infinity() { return {0xff80}; }
 template <> half minus_infinity() { return {0xfc00}; }
 
-constexpr float EMPTY = -1e30f;   // stands for the maximum of columns that are all -inf: finite, so differences with it stay finite
+// The lowest reference: finite where all columns are -inf, so that differences with it are, and no lower where they are masks of -1e10, say:
+// a reference is rounded to 24 bits, and at -2^32 a half is a factor of 2^128
+constexpr float EMPTY = -0x1p31f;
 constexpr float FLOOR = -1000.f;  // 2^-1000 is exactly 0 in fp32: -inf columns then contribute 0 instead of 0 * inf
 constexpr double LN2 = 0.6931471805599453;
 constexpr int AHEAD = 4096;       // bytes to prefetch ahead: bf16 statistics take 5.3 ms without, 4.6 at 1024, 4.1 here (512 x 151936)
@@ -135,7 +137,7 @@ void megatron_plugin_stats(int isa, int threads, const char* logits, int dtype, 
         o[0] = 0, o[1] = 1, o[2] = 0, o[3] = 0;
         continue;
       }
-      Partial sum = {EMPTY * scale2, 0, 0};
+      Partial sum = {EMPTY, 0, 0};
       for (int64_t i = row * parts; i < (row + 1) * parts; ++i)
         if (partials[i].m2 > sum.m2) sum.m2 = partials[i].m2;
       for (int64_t i = row * parts; i < (row + 1) * parts; ++i) {

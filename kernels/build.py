@@ -2,6 +2,7 @@
 
 Any number of processes may ask at once, also for a folder that nodes share: each compiles into a file of its own and renames it, so nobody
 sees half an object.  An object carries its own SHA-256, so a damaged one is found before the loader maps it (a truncated one would be a SIGBUS).
+Its name says what it was made of and by which compiler; where no compiler answers, one made by any other of the same will do.
 """
 
 import ctypes
@@ -30,7 +31,7 @@ def folders() -> tuple[Path, Path]:
     """Where objects may lie, best first: $MEGATRON_PLUGIN_CACHE or the user's cache; a folder of ours among the temporary files."""
     chosen = os.environ.get("MEGATRON_PLUGIN_CACHE")
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(chosen) if chosen else Path(home) / "megatron_plugin", Path(tempfile.gettempdir()) / f"megatron_plugin-{os.getuid()}"
+    return Path(chosen).expanduser() if chosen else Path(home) / "megatron_plugin", Path(tempfile.gettempdir()) / f"megatron_plugin-{os.getuid()}"
 
 
 def _refuse_foreign(folder: Path) -> None:
@@ -82,20 +83,42 @@ def load(source: str, flags: tuple[str, ...], *, compile_with: str | None = None
     compile_with: another compiler than `compiler()` (nvcc).  header: generated text that goes before the source.
     """
     tool = [compile_with] if compile_with else compiler()
-    command = [*tool, *flags]
     files = [CSRC / source, *sorted([*CSRC.glob("*.h"), *CSRC.glob("*.cuh")])]
-    machine = (platform.machine(), *platform.libc_ver(), _run([*tool, "--version"]))
-    key = hashlib.sha256(repr((command, machine, header, [(f.name, f.read_bytes()) for f in files])).encode()).hexdigest()[:32]
+    made_of = _key(flags, platform.machine(), *platform.libc_ver(), header, [(f.name, f.read_bytes()) for f in files])
+    try:
+        made_by = _key(tool, _run([*tool, "--version"]))
+    except BuildError:  # a machine without a compiler, with a cache from one that has it
+        if (library := _any_compilers(made_of)) is None:
+            raise
+        return library
     reasons = []
     own, temporary = folders()
     for folder in (own, temporary):
-        path = folder / f"{key}.so"
+        path = folder / f"{made_of}-{made_by}.so"
         try:
             if folder == temporary:
                 _refuse_foreign(folder)
             if not (path.exists() and _intact(path)):
-                _compile(command, CSRC / source, path, header)
+                _compile([*tool, *flags], CSRC / source, path, header)
             return ctypes.CDLL(str(path))
         except OSError as error:  # read-only, full, mounted noexec, or an object that does not load here: try the next folder
             reasons.append(f"{path}: {error}")
     raise BuildError(f"no folder to build in ({'; '.join(reasons)}); name a writable one in MEGATRON_PLUGIN_CACHE")
+
+
+def _key(*facts: object) -> str:
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
+
+
+def _any_compilers(made_of: str) -> ctypes.CDLL | None:
+    """A library of these sources, flags and this kind of machine, whichever compiler made it; None if there is none."""
+    own, temporary = folders()
+    for path in (path for folder in (own, temporary) for path in sorted(folder.glob(f"{made_of}-*.so"))):
+        try:
+            if path.parent == temporary:
+                _refuse_foreign(temporary)
+            if _intact(path):
+                return ctypes.CDLL(str(path))
+        except OSError:  # as in `load`; made for a newer C++ runtime than this machine's, say
+            continue
+    return None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_plugin.kernels.layout import Shard
-from megatron_plugin.kernels.partials import LN2
+from megatron_plugin.kernels.partials import FAR, LN2
 
 ROWS, COLUMNS = 64, 8192
 FLOOR = -1e4  # 2^-1e4 is exactly 0 in fp64 too: -inf columns then contribute 0 instead of 0 * inf
@@ -55,10 +55,12 @@ def stats_eager(logits: Tensor, labels: Tensor, shard: Shard) -> Tensor:
         e = torch.exp2(y)
         s_T[rows] += e.sum(1)
         t_T[rows] += y.mul_(e).sum(1)
-    # m2 is rounded to the working precision; what the rounding moved is put back into s and t
+    # m2 is rounded to the working precision; what the rounding moved is put back into s and t.  Columns that are all -inf or masks of -1e10,
+    # say, get the lowest reference and nothing else: theirs would be rounded too far to be put back
     exact_T = reference_T.double() * scale2
-    m2_T = exact_T.to(work)
-    moved_T = (exact_T - m2_T).masked_fill(top_T == -math.inf, 0.0)
+    below_T = exact_T <= -FAR[work]
+    m2_T = exact_T.to(work).masked_fill(below_T, -FAR[work])
+    moved_T, s_T, t_T = (x.masked_fill(below_T, 0.0) for x in (exact_T - m2_T, s_T, t_T))
     t_T, s_T = torch.exp2(moved_T) * (t_T + moved_T * s_T) * LN2, torch.exp2(moved_T) * s_T
     y_T = labels - shard.vocab_start
     held_T = (y_T >= 0) & (y_T < V)

@@ -22,8 +22,12 @@ class Shard:
     """Logits are divided by it before the softmax."""
 
     def scale2(self, dtype: torch.dtype) -> float:
-        """Factor from raw logits to base-2 exponents, rounded to the working dtype: what the kernels multiply by."""
-        return float(torch.tensor(math.log2(math.e) / self.temperature, dtype=dtype))
+        """Factor from raw logits to base-2 exponents, rounded to the working dtype, fp32 or fp64: what the kernels multiply by."""
+        factor = math.log2(math.e) / self.temperature
+        if dtype == torch.float64:
+            return factor
+        shifted = factor * (2.0**29 + 1.0)  # Veltkamp's split: 24 bits by plain arithmetic, which torch.compile can trace with any temperature
+        return shifted - (shifted - factor)
 
     def arguments(self) -> tuple[int, int, int, float]:
         """The fields in order, as the torch.library ops take them."""

@@ -14,7 +14,7 @@ from megatron_plugin.kernels import grad
 from megatron_plugin.kernels.grad import gradient_scalars, write_gradient
 from megatron_plugin.kernels.layout import KernelCall, Shard, aligned_rows, shared_vector, vector_width
 from megatron_plugin.kernels.objective import COLUMNS, INPUTS, MAX_PARAMS, Number, Objective, empty_table
-from megatron_plugin.kernels.row import LN2
+from megatron_plugin.kernels.row import FAR, LN2
 from megatron_plugin.kernels.stats import row_partials
 
 # Wide programs for the one launch that reads its row twice, so that few rows are open: one program of 16 warps fits an SM, and 132 rows of
@@ -80,7 +80,7 @@ def loss_kernel(
         t = t2 * LN2
     else:
         m2, s, t, z = _merge(PARTIALS, row, ranks, stride_rank, RANKS)
-    s = tl.where(live, s, 1.0)
+    s = tl.where(live, tl.where(tl.abs(m2) >= FAR, float("nan"), s), 1.0)
     log2_s = tl.log2(s)
     logp = tl.where(live, LN2 * (tl.fma(z, scale2, -m2) - log2_s), 0.0)
     logp = tl.where(live & ((label < 0) | (label >= vocab_size)), float("nan"), logp)

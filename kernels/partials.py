@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_plugin.kernels.layout import Shard
 
 LN2 = math.log(2.0)
+FAR = {torch.float32: 2.0**31, torch.float64: 2.0**60}  # |m2| from which a row is NaN, by working dtype: as in row.py
 
 
 def merge_partials(partials_RT4: Tensor) -> Tensor:
@@ -32,9 +33,11 @@ def finish_rows(partials_T4: Tensor, labels_T: Tensor, shard: Shard, work: torch
     `work` is the dtype the kernels worked in: z_y must be scaled by the factor they used, as rounded there.
 
     logp never passes through z - lse, whose rounding at a logit offset of 9000 is 4e-4 in fp32.  A stray label gives NaN,
-    decided from the label (as -inf it would stay silently finite in losses that use only p); a masked row gives 0.
+    decided from the label (as -inf it would stay silently finite in losses that use only p); a masked row gives 0.  A row whose largest
+    logit is beyond what the kernels can subtract (1.49e9 in fp32, see FAR) gives NaN.
     """
     m2_T, s_T, t_T, z_T = partials_T4.double().unbind(-1)
+    s_T = s_T.masked_fill(m2_T.abs() >= FAR[work], math.nan)
     log2_s_T = s_T.log2()
     logp_T = LN2 * (z_T * shard.scale2(work) - m2_T - log2_s_T)
     entropy_T = (LN2 * log2_s_T - t_T / s_T).clamp(min=0)

@@ -10,8 +10,13 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-EMPTY = tl.constexpr(-1e30)   # base-2 reference of a row that has seen nothing: finite, so differences with it stay finite
+# |m2| from which a row is NaN: m2 is rounded by up to 128 there, and 2^128 is no fp32 number
+FAR = tl.constexpr(2.0**31)
+# Base-2 reference of a row that has seen nothing.  Finite, so that differences with it are, and none lies below it: of a block full of masks,
+# -1e10 say, it would be rounded like that
+EMPTY = tl.constexpr(-(2.0**31))
 FLOOR = tl.constexpr(-1000.0)  # 2^-1000 is exactly 0 in fp32: clamping here makes -inf columns contribute 0 instead of 0 * inf
+
 
 
 @triton.jit

@@ -14,6 +14,8 @@ from megatron_plugin.kernels.objective import Objective, scaled
 from megatron_plugin.kernels.partials import finish_rows, merge_partials
 from megatron_plugin.kernels.token_stats import Gather, TokenStats, one_shard
 
+SCALE_BLOCK = 2**22  # elements of a temporary, where PyTorch scales
+
 
 def row_loss(
     logits: Tensor, out: Tensor | None, labels: Tensor, shard: Shard, objective: Objective, gather: Gather = one_shard
@@ -43,13 +45,25 @@ def row_loss(
 
 
 def scale_rows_(x: Tensor, factor: Tensor) -> None:
-    """x [T, V] *= factor (0-d), and nothing at all where the factor is 1, which a GPU decides for itself."""
+    """x [T, V] *= factor (0-d), and nothing at all where the factor is 1, which a GPU decides for itself.
+
+    A zero stays zero even where the factor is inf or NaN (a loss scale that overflowed): masked rows get exactly 0, and 0 * inf is NaN.
+    """
     if not x.is_cuda:
         if factor.item() != 1.0:
-            x.mul_(factor.to(x.dtype) if x.dtype == torch.float64 else factor)
+            if factor.isfinite():
+                x.mul_(factor.to(x.dtype) if x.dtype == torch.float64 else factor)
+            else:
+                _scale_but_zeros_(x, factor)
     elif x.dtype == torch.float64 or select(x) == "eager":
-        x.mul_(factor)
+        _scale_but_zeros_(x, factor)
     else:
         from megatron_plugin.kernels.scale import scale_triton
 
         scale_triton(x, factor)
+
+
+def _scale_but_zeros_(x: Tensor, factor: Tensor) -> None:
+    step = max(1, SCALE_BLOCK // max(x.shape[1], 1))
+    for rows in x.split(step):
+        rows.copy_(torch.where(rows == 0, 0.0, rows * factor))

@@ -13,20 +13,20 @@ NUM_WARPS = 4
 
 @triton.jit
 def scale_kernel(X, FACTOR, stride, lead, V, VEC: tl.constexpr, BLOCK: tl.constexpr):
-    """X[row] *= FACTOR[0]; the program of a row returns at once when the factor is 1."""
+    """X[row] *= FACTOR[0]; the program of a row returns at once when the factor is 1.  A zero stays zero: the factor may be inf or NaN."""
     factor = tl.load(FACTOR).to(tl.float32)
     if factor != 1.0:
         first = tl.program_id(0).to(tl.int64) * stride + lead
         head, body = aligned_body(first, V, VEC)
         edge, real = edge_columns(head, body, V, VEC)
-        edges = tl.load(X + first + edge, mask=real, other=0.0).to(tl.float32) * factor
-        tl.store(X + first + edge, edges.to(X.dtype.element_ty), mask=real)
+        edges = tl.load(X + first + edge, mask=real, other=0.0).to(tl.float32)
+        tl.store(X + first + edge, tl.where(edges == 0.0, 0.0, edges * factor).to(X.dtype.element_ty), mask=real)
         lane = tl.arange(0, BLOCK)
         x_body = X + tl.multiple_of(first + head, VEC)
         for column in range(0, body, BLOCK):
             inside = lane < tl.multiple_of(body - column, VEC)
-            value = tl.load(x_body + column + lane, mask=inside, other=0.0).to(tl.float32) * factor
-            tl.store(x_body + column + lane, value.to(X.dtype.element_ty), mask=inside)
+            value = tl.load(x_body + column + lane, mask=inside, other=0.0).to(tl.float32)
+            tl.store(x_body + column + lane, tl.where(value == 0.0, 0.0, value * factor).to(X.dtype.element_ty), mask=inside)
 
 
 def scale_call(x: Tensor, factor: Tensor) -> KernelCall:
@@ -37,5 +37,5 @@ def scale_call(x: Tensor, factor: Tensor) -> KernelCall:
 
 
 def scale_triton(x: Tensor, factor: Tensor) -> None:
-    """x *= factor in place."""
+    """x *= factor in place, zeros kept."""
     scale_call(x, factor).launch()

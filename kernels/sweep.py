@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_plugin.kernels.chunks import Chunk
 from megatron_plugin.kernels.exchange import Exchange, Pending
-from megatron_plugin.kernels.head import Projection
+from megatron_plugin.kernels.head import Columns, HiddenGradient, Projection
 from megatron_plugin.kernels.layout import Shard
 from megatron_plugin.kernels.main_grad import MainGrad
 from megatron_plugin.kernels.weight_grad import InPlace, own_weight_grad
@@ -33,7 +33,7 @@ class Sweep:
 
     def projection(self, weight: Tensor, bias: Tensor | None, *, gradient: bool) -> Projection:
         size = max((chunk.size for chunk in self.chunks), default=0)
-        return Projection(weight, bias, self.softcap, self.logits_dtype, size, gradient=gradient)
+        return Projection(weight, bias, self.softcap, Columns.of(weight, self.shard), self.logits_dtype, size, gradient=gradient)
 
     def batches(self, hidden_SH: Tensor, labels_T: Tensor) -> Iterator[tuple[Chunk, Tensor, Tensor]]:
         """(chunk, its hidden states [n, H], its labels [n]).  The next chunk's hidden states travel while this one computes."""
@@ -49,7 +49,7 @@ class Sweep:
 
 
 class Gradients:
-    """dX [S, H], dW [V, H] and db [V] of the chunks so far; those that nobody needs are None and cost nothing.
+    """dX [S, H], dW [V, H] and db [V] of the chunks so far; those that nobody needs are None and cost nothing.  dW and db are 0 in the padding.
 
     dX's sum over the tensor-parallel ranks is under way while the dW GEMM runs, one chunk at a time.
     """
@@ -58,12 +58,13 @@ class Gradients:
         self, sweep: Sweep, hidden_SH: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, bool, bool]
     ) -> None:
         dx, dw, db = needed
-        self._weight, self._exchange = weight, sweep.exchange
+        columns, self._exchange = Columns.of(weight, sweep.shard), sweep.exchange
+        self._product, self._wide = HiddenGradient(weight, columns), columns.wide
         self._dx = torch.zeros_like(hidden_SH, memory_format=torch.contiguous_format) if dx else None
         self._db = torch.zeros_like(bias, dtype=torch.promote_types(bias.dtype, torch.float32)) if db else None
         self._db_dtype = None if bias is None else bias.dtype
-        self._own = own_weight_grad(weight, len(sweep.chunks)) if dw and sweep.main_grad is None else None
-        self._dw = InPlace(sweep.main_grad.target()) if dw and sweep.main_grad is not None else self._own
+        self._own = own_weight_grad(weight, len(sweep.chunks), columns.wide) if dw and sweep.main_grad is None else None
+        self._dw = InPlace(sweep.main_grad.target()[: columns.wide]) if dw and sweep.main_grad is not None else self._own
         self._arriving: tuple[slice | Tensor, Pending] | None = None
 
     def add(self, chunk: Chunk, x: Tensor, dz: Tensor, few: Tensor | None = None) -> None:
@@ -75,14 +76,14 @@ class Gradients:
         if self._dw is not None:
             self._dw.add(dz, x)
         if self._db is not None:
-            self._db += dz.sum(0, dtype=self._db.dtype)
+            self._db[: self._wide] += dz.sum(0, dtype=self._db.dtype)
 
     def _start_dx(self, chunk: Chunk, dz: Tensor, few: Tensor | None) -> None:
         rows, kept = chunk.rows, chunk.kept
         if few is None and kept is None and isinstance(rows, slice) and self._exchange.slices == 1:
-            dx = torch.mm(dz, self._weight, out=self._dx[rows])  # in its place at once; its sum is formed there too
+            dx = self._product(dz, out=self._dx[rows])  # in its place at once; its sum is formed there too
         else:
-            dx = torch.mm(dz, self._weight)
+            dx = self._product(dz)
         if self._exchange.slices > 1:
             kept = few if kept is None else kept if few is None else kept[few]
             if kept is not None:

@@ -3,7 +3,7 @@
     stats -> gather over shards -> terms, (a, b, c) -> gradient        (one kernel with a twin and a whole vocabulary: kernels/loss.py)
 
 Legal for token-local losses, whose (a, b, c) are known as soon as the row's statistics are.  The backward only multiplies by the upstream
-scalar, which is 1 in most trainers and then costs nothing.  T tokens, V columns of this shard, C columns of the table.
+scalar over objective.grad_scale, and where that is 1 it costs nothing.  T tokens, V columns of this shard, C columns of the table.
 """
 
 import torch
@@ -24,7 +24,8 @@ class _TokenLoss(torch.autograd.Function):
         if overwrite_logits:
             torch.autograd.graph.increment_version(logits_TV)  # whoever saved the logits for a backward of its own is told
         ctx.save_for_backward(dlogits_TV)
-        ctx.grad_scale, ctx.spent = objective.grad_scale, False
+        ctx.grad_scale = objective.grad_scale.clone() if isinstance(objective.grad_scale, Tensor) else objective.grad_scale
+        ctx.spent = False
         ctx.mark_non_differentiable(table_CT)
         return table_CT[0].sum(), table_CT
 

@@ -1,6 +1,6 @@
 """dW [V, H] = sum over chunks of dz^T x, in at least fp32 until the last chunk.
 
-Each class takes the chunks by `add(dz [n, V], x [n, H])` and gives the gradient by `result()`.
+Each class takes the chunks by `add(dz [n, C], x [n, H])` and gives the gradient by `result()`: C of the V rows, zeros from there on.
 """
 
 import torch
@@ -25,24 +25,22 @@ class Own:
     A single chunk needs no sum: the GEMM accumulates in fp32 and rounds once.
     """
 
-    def __init__(self, weight: Tensor, chunks: int) -> None:
-        self.weight = weight
-        wide = weight.dtype.itemsize < 4 and chunks > 1
-        self.total = torch.empty_like(weight, dtype=torch.float32 if wide else weight.dtype, memory_format=torch.contiguous_format)
+    def __init__(self, weight: Tensor, chunks: int, columns: int) -> None:
+        self._weight, self._columns = weight, columns
+        self._cast = weight.dtype.itemsize < 4 and chunks > 1
+        self._result = None if self._cast else _zero_from(weight, columns if chunks else 0)
+        self.total = weight.new_empty(columns, weight.shape[1], dtype=torch.float32) if self._cast else self._result[:columns]
         self._first = True
-        if chunks == 0:
-            self.total.zero_()
 
     def add(self, dz: Tensor, x: Tensor) -> None:
         (assign_ if self._first else accumulate_)(self.total, dz, x)
         self._first = False
 
     def result(self) -> Tensor:
-        if self.total.dtype == self.weight.dtype:
-            return self.total
-        cast = torch.empty_like(self.total, dtype=self.weight.dtype)
-        cast.copy_(self.total)
-        return cast
+        if self._cast:
+            self._result = _zero_from(self._weight, self._columns)
+            self._result[: self._columns].copy_(self.total)
+        return self._result
 
 
 class OwnSplit:
@@ -53,12 +51,11 @@ class OwnSplit:
     the result.  Products are added in fp32.
     """
 
-    def __init__(self, weight: Tensor, chunks: int) -> None:
-        self.value = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    def __init__(self, weight: Tensor, chunks: int, columns: int) -> None:
+        self._result = _zero_from(weight, columns if chunks else 0)
+        self.value = self._result[:columns]
         self.remainder = None
         self._chunks, self._seen = chunks, 0
-        if chunks == 0:
-            self.value.zero_()
 
     def add(self, dz: Tensor, x: Tensor) -> None:
         self._seen += 1
@@ -85,10 +82,17 @@ class OwnSplit:
                 remainder.copy_(total.sub_(value))
 
     def result(self) -> Tensor:
-        return self.value
+        return self._result
 
 
-def own_weight_grad(weight: Tensor, chunks: int) -> Own | OwnSplit:
-    """A gradient of its own for `weight`, of so many chunks."""
+def _zero_from(weight: Tensor, row: int) -> Tensor:
+    """A tensor like `weight`, contiguous: uninitialised up to `row`, 0 from there on."""
+    result = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    result[row:].zero_()
+    return result
+
+
+def own_weight_grad(weight: Tensor, chunks: int, columns: int) -> Own | OwnSplit:
+    """A gradient of its own for `weight` [V, H], of so many chunks, in its first `columns` rows."""
     split = weight.device.type == "cpu" and weight.dtype.itemsize < 4
-    return OwnSplit(weight, chunks) if split else Own(weight, chunks)
+    return (OwnSplit if split else Own)(weight, chunks, columns)

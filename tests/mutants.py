@@ -36,6 +36,8 @@ VOCAB, NORMALISER, OFFLINE = "tests/parallel/test_vocab.py", "tests/parallel/tes
 TWINS, ONE_PASS = "tests/kernels/test_weighting.py", "tests/kernels/test_token_loss.py"
 LINEAR, TRAINING, SPLIT = "tests/kernels/test_linear_token_loss.py", "tests/kernels/test_linear_training.py", "tests/parallel/test_linear.py"
 DDP, CPU = "tests/hooks/test_main_grad.py", "tests/kernels/test_cpu_kernels.py"
+GRAD_SCALE, PADDING, PROBE = "tests/kernels/test_grad_scale.py", "tests/kernels/test_padding.py", "tests/losses/test_probe.py"
+W, WEIGHTS = "megatron_plugin/hooks/weights/", "tests/hooks/test_weights"
 ATTACH, SELF, MOE = "tests/hooks/test_attach.py", "tests/hooks/test_self_test.py", "tests/parallel/test_moe_divisor.py"
 LOSSES, LAYOUTS = "tests/losses", "tests/trainer/test_layouts.py"
 
@@ -93,7 +95,7 @@ MUTANTS = [
     Mutant("C++: a masked row is read", "csrc/token_stats_cpu.cpp", "const bool live = labels[row] != ignore_index && (", "const bool live = (", BAD),
     Mutant("a damaged object of native code is loaded", "kernels/build.py", "return hashlib.sha256(data[:-32]).digest() == data[-32:]", "return True",
            "tests/kernels/test_cpu_build.py"),
-    Mutant("counts of one rank", "megatron_plugin/parallel/normaliser.py", "all_reduce_sum(local, group).tolist()", "local.tolist()", NORMALISER),
+    Mutant("counts of one rank", "megatron_plugin/parallel/normaliser.py", "all_reduce_sum(totals, group).tolist()", "totals.tolist()", NORMALISER),
     Mutant("a sequence's length is divided out twice", "megatron_plugin/parallel/normaliser.py", "mask.sequence_tokens.double().reciprocal() / count.sequences",
            "mask.sequence_tokens.double().reciprocal() / count.tokens", NORMALISER),
     Mutant("N counts a source without a share", "megatron_plugin/parallel/normaliser.py", "(counts.expert.tokens if expert.share else 0)", "counts.expert.tokens", NORMALISER),
@@ -101,7 +103,7 @@ MUTANTS = [
            "loss_sum, torch.ones_like(live).sum(dtype=torch.int32), loss", OPS),
     Mutant("labels are not shifted", "megatron_plugin/data/packing.py", "sample.labels_T[1:]\n", "sample.labels_T[:-1]\n", "tests/data"),
     Mutant("packed samples see each other", "megatron_plugin/data/packing.py", "~(same_bss & causal_ss)[:, None]", "~(same_bss | causal_ss)[:, None]", "tests/data"),
-    Mutant("megatron-core's mean of means is accepted", "megatron_plugin/hooks/forward_step.py", "if not config.calculate_per_token_loss:", "if False:", "tests/hooks/test_forward_step.py"),
+    Mutant("megatron-core's mean of means is accepted", "megatron_plugin/hooks/report.py", "if not config.calculate_per_token_loss:", "if False:", "tests/hooks/test_forward_step.py"),
     Mutant("norms are not tagged for sequence parallelism", "megatron_plugin/hooks/local_spec.py", "parameter.sequence_parallel = config.sequence_parallel",
            "parameter.sequence_parallel = False", LAYOUTS + " -k SP"),
     Mutant("a resumed run starts its data again", "megatron_plugin/trainer/loop.py", 'order.load_state_dict(state["data"])', "pass", LAYOUTS + " -k resumed"),
@@ -115,7 +117,7 @@ MUTANTS = [
     Mutant("detach leaves the head's class", "megatron_plugin/hooks/gpt_model.py", "        head.__class__ = type(head).__bases__[1]\n", "", ATTACH),
     Mutant("a loss_mask weights twice", "megatron_plugin/hooks/attach.py", "self._loss_mask = seen.loss_mask if inputs.coefficient is None else None", "self._loss_mask = seen.loss_mask", "tests/hooks/test_attach.py::test_masks_and_weights"),
     Mutant("labels in the batch's order, hidden states in the sequence's", "megatron_plugin/hooks/head_loss.py", "tokens.masked_labels().t().contiguous(), tokens", "tokens.masked_labels().contiguous().view(tokens.labels.shape[::-1]), tokens", ATTACH),
-    Mutant("the loss scale is not told", "megatron_plugin/hooks/head_loss.py", "scale = self.config.grad_scale_func(torch.ones((), device=hidden.device))", "scale = 1.0", f"{ATTACH}::test_half_precision_under_the_wrappers"),
+    Mutant("the loss scale is not told", "megatron_plugin/hooks/report.py", "scale = config.grad_scale_func(torch.ones((), device=device))", "scale = 1.0", f"{ATTACH}::test_half_precision_under_the_wrappers"),
     Mutant("the books of main_grad are never closed", "megatron_plugin/hooks/attach.py", "        self._ledger.finalize()\n", "", f"{ATTACH}::test_a_dropped_forward_is_found"),
     Mutant("context-parallel slices are not zig-zag", "megatron_plugin/parallel/context.py", "(pieces[rank], pieces[-1 - rank])", "(pieces[2 * rank], pieces[2 * rank + 1])", "tests/parallel/test_context.py"),
     Mutant("the self-test reads a gradient another rank reduced", "megatron_plugin/hooks/self_test.py", "owned = not sharded or dist.get_rank(groups[0]) == 0", "owned = True", f"{SELF} -k PP2xDP2"),
@@ -130,6 +132,34 @@ MUTANTS = [
     Mutant("lengths of another batch go unnoticed", "megatron_plugin/parallel/normaliser.py", "not isinstance(count.sequences, int)", "count.sequences is None", f"{NORMALISER} -k count_something_else"),
     Mutant("N counts loss tokens under MoE", "megatron_plugin/parallel/normaliser.py", "    return real_tokens\n", "    return loss_tokens\n", MOE),
     Mutant("N counts all tokens without an auxiliary loss", "megatron_plugin/parallel/normaliser.py", "and weighted):", "):", MOE),
+    Mutant("keys and values exchanged in linear_qkv", W + "slices.py", "(1, group * d, (group + 1) * d), (2, group * d, (group + 1) * d)]", "(2, group * d, (group + 1) * d), (1, group * d, (group + 1) * d)]", f"{WEIGHTS}.py -k untied"),
+    Mutant("gate and up exchanged", W + "slices.py", "part * half) for part in (0, 1)]", "(1 - part) * half) for part in (0, 1)]", f"{WEIGHTS}.py -k untied"),
+    Mutant("imported vocabulary padding keeps its random rows", W + "convert.py", "shard.zero_()  # the rest is vocabulary padding", "pass", f"{WEIGHTS}.py -k untied"),
+    Mutant("layers are counted per virtual chunk", W + "model.py", "words[2] = str(layers[int(words[2])])", "words[2] = str(int(words[2]))", f"{WEIGHTS}.py -k VPP"),
+    Mutant("a layer's two norms are exchanged", W + "names.py", '"pre_mlp_layernorm.weight": "post_attention_layernorm"', '"pre_mlp_layernorm.weight": "input_layernorm"', f"{WEIGHTS}.py -k untied"),
+    Mutant("rotary settings of the built model are not compared", W + "model.py", "wrong += _rotary_differences(chunk, fields)", "pass", f"{WEIGHTS}_bad_input.py -k another_shape"),
+    Mutant("transformers 5's rotary base is not read", W + "hf_config.py", 'float(rope.get("rope_theta") or hf_config.get("rope_theta")', 'float(hf_config.get("rope_theta")', f"{WEIGHTS}_names.py -k fields_of"),
+    Mutant("every rank reads whole tensors", W + "convert.py", "reader.read(rule.parts[piece.part].name, axis(rule), piece.start, piece.stop)", "reader.read(rule.parts[piece.part].name, axis(rule), 0, 1 << 40).narrow(axis(rule), piece.start, piece.stop - piece.start)", f"{WEIGHTS}.py -k slices"),
+    Mutant("an import error of one rank stays there", W + "exchange.py", "next((text for text in said if text), None)", "failure", f"{WEIGHTS}_bad_input.py -k one_rank"),
+    Mutant("unexpected Hugging Face tensors are dropped", W + "files.py", "if unexpected:", "if False:", f"{WEIGHTS}_bad_input.py -k named_with"),
+    Mutant("the embedding is padded to the tokenizer only", "megatron_plugin/trainer/convert.py", "while -(-tokens // multiple) * multiple < rows:", "while False:", f"{WEIGHTS}_cli.py -k what_an_import"),
+    Mutant('the scale kernel turns masked zeros into NaN (PyTorch)', 'kernels/row_loss.py', 'rows.copy_(torch.where(rows == 0, 0.0, rows * factor))', 'rows.mul_(factor)', GRAD_SCALE),
+    Mutant('the scale kernel turns masked zeros into NaN (Triton)', 'kernels/scale.py', 'tl.where(value == 0.0, 0.0, value * factor)', 'value * factor', GRAD_SCALE),
+    Mutant('grad_scale does not reach the kernel', 'megatron_plugin/ops/logits.py', 'objective_of(loss, flat, grad_scale=grad_scale)', 'objective_of(loss, flat)', GRAD_SCALE),
+    Mutant('the backward brings grad_scale once more', 'kernels/token_loss.py', 'd_loss / ctx.grad_scale', 'd_loss', GRAD_SCALE),
+    Mutant('a loss scaler changes grad_scale after the forward', 'kernels/token_loss.py', 'objective.grad_scale.clone() if isinstance(objective.grad_scale, Tensor) else objective.grad_scale', 'objective.grad_scale', GRAD_SCALE),
+    Mutant("NaN in padding rows of the head's weight reaches dX", 'kernels/head.py', 'return cls(real, min(weight.shape[0], -(-real // align) * align))', 'return cls(weight.shape[0], weight.shape[0])', PADDING),
+    Mutant("the last padded columns keep the weight's NaN", 'kernels/head.py', 'self._last[columns.real - columns.wide :] = 0.0', 'pass', PADDING),
+    Mutant('logits beyond what fp32 can refer to are finite and wrong', 'kernels/partials.py', 's_T = s_T.masked_fill(m2_T.abs() >= FAR[work], math.nan)', 'pass', BAD),
+    Mutant('logits beyond what fp32 can refer to (one launch)', 'kernels/loss.py', 'tl.where(tl.abs(m2) >= FAR, float("nan"), s)', 's', ONE_PASS),
+    Mutant('a block of -1e30 columns makes a row NaN (Triton)', 'kernels/row.py', 'EMPTY = tl.constexpr(-(2.0**31))', 'EMPTY = tl.constexpr(-1e30)', BAD),
+    Mutant('a block of -1e30 columns makes a row NaN (C++)', 'csrc/token_stats_cpu.cpp', 'EMPTY = -0x1p31f', 'EMPTY = -1e30f', BAD),
+    Mutant('a parameter that requires a gradient loses it', 'megatron_plugin/losses/objective.py', 'value.requires_grad and torch.is_grad_enabled()', 'False', OPS),
+    Mutant('a loss with weights of its own runs in one pass', 'megatron_plugin/losses/probe.py', 'return local and not _has_weights(tried)', 'return local', PROBE),
+    Mutant('a loss without a twin is tried on every call', 'megatron_plugin/losses/probe.py', 'loss.tried[given] = loss.fn, names', 'pass', PROBE),
+    Mutant("another source's library is loaded", 'kernels/build.py', 'folder.glob(f"{made_of}-*.so")', 'folder.glob("*.so")', 'tests/kernels/test_cpu_build.py'),
+    Mutant('the temperature is not rounded as the kernels round it', 'kernels/layout.py', 'return shifted - (shifted - factor)', 'return factor', STATS),
+    Mutant('fp64 logits go through fp32 when Triton is forced', 'kernels/backend.py', 'if logits.dtype == torch.float64:', 'if False:', 'tests/kernels/test_backend.py'),
 ]
 
 

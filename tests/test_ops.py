@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,6 +27,10 @@ def test_any_leading_shape(shape):
 
 @pytest.mark.parametrize("bad, words", [
     (lambda z, y: (z, y.float()), "labels must be integer ids, got torch.float32"),
+    (lambda z, y: (z, y.tolist()), r"labels is of type list, expected Tensor: .*torch.tensor\(labels\)"),
+    (lambda z, y: (z, None), "labels is of type NoneType, expected Tensor"),
+    (lambda z, y: (None, y), "logits is of type NoneType, expected Tensor"),
+    (lambda z, y: (z.detach().numpy(), y), "logits is of type ndarray, expected Tensor"),
     (lambda z, y: (z.long(), y), "logits must be floating point"),
     (lambda z, y: (z, y[:-1]), r"labels \[5\] do not fit logits \[6, 40\]: expected \[6\]"),
     (lambda z, y: (z, y.to("meta")), "labels are on meta, logits on cpu"),
@@ -45,6 +50,20 @@ def test_arguments_that_do_not_fit(batch, bad, words):
     (dict(vocab_start=0), "vocab_start=0 was given without vocab_size"),
     (dict(temperature=0.0), "temperature=0.0 is not positive"),
     (dict(temperature=math.nan), "temperature=nan is not positive"),
+    (dict(temperature=math.inf), "temperature=inf is not finite"),
+    (dict(temperature="1.0"), "temperature='1.0' is of type str, expected a number"),
+    (dict(temperature=None), "temperature=None is of type NoneType, expected a number"),
+    (dict(temperature=torch.tensor(1.0)), r"temperature=tensor\(1.\) is of type Tensor, expected a number"),
+    (dict(vocab_size=40.0), "vocab_size=40.0 is of type float, expected a whole number"),
+    (dict(vocab_size="40"), "vocab_size='40' is of type str"),
+    (dict(vocab_start=0.5, vocab_size=40), "vocab_start=0.5 is of type float"),
+    (dict(ignore_index=None), "ignore_index=None is of type NoneType, expected a whole number"),
+    (dict(tp_group=3), "tensor-parallel group is of type int, expected a torch.distributed.ProcessGroup"),
+    (dict(inputs={"advantage": 1}), "inputs is of type dict, expected TokenInputs"),
+    (dict(grad_scale=0.0), "grad_scale=0.0: expected a finite number other than 0"),
+    (dict(grad_scale=math.inf), "grad_scale=inf: expected a finite number other than 0"),
+    (dict(grad_scale="8"), "grad_scale='8' is of type str, expected a number"),
+    (dict(grad_scale=torch.ones(1)), r"grad_scale is torch.float32 \[1\] on cpu: expected a number, or a 0-d floating tensor"),
 ])
 def test_options_that_do_not_fit(batch, options, words):
     with pytest.raises(ValueError, match=words):
@@ -55,11 +74,43 @@ def test_options_that_do_not_fit(batch, options, words):
     (dict(coefficient=torch.ones(T - 1)), r"inputs.coefficient is \[5\] on cpu; expected one value per label, \[6\] on cpu"),
     (dict(advantage=torch.ones(T, device="meta")), "inputs.advantage is .* on meta"),
     (dict(extra={"mine": torch.ones(3)}), r"inputs.extra.mine is \[3\]"),
+    (dict(extra={"mine": 3}), "inputs.extra.mine is of type int, expected Tensor: one value per label"),
+    (dict(extra=[torch.ones(T)]), "inputs.extra is of type list, expected Mapping"),
+    (dict(coefficient=[1.0] * T), r"inputs.coefficient is of type list, expected Tensor: one value per label, \[6\] on cpu"),
+    (dict(advantage=1.0), "inputs.advantage is of type float"),
     (dict(coefficient=torch.ones(T, requires_grad=True)), "inputs.coefficient requires a gradient"),
 ])
 def test_inputs_that_do_not_fit(batch, inputs, words):
     with pytest.raises(ValueError, match=words):
         token_loss(*batch, "sft", inputs=TokenInputs(**inputs))
+
+
+@pytest.mark.parametrize("params", [dict(gamma=torch.tensor(0.5)), dict(entropy_bonus=torch.tensor(0.1)), dict(z_loss=torch.tensor(0.1))], ids=str)
+def test_a_trainable_parameter_is_refused_where_its_gradient_would_be_lost(batch, params):
+    name, value = next(iter(params.items()))
+    loss = bind("gce", **{name: value.requires_grad_()})
+    with pytest.raises(ValueError, match=f"{name} requires a gradient, but parameters are constants of a step.*pass {name}.detach"):
+        token_loss(*batch, loss)
+    with torch.no_grad():
+        token_loss(*batch, loss)
+    token_loss(*batch, bind("gce", **{name: value.detach()}))
+
+
+def test_a_trainable_parameter_in_two_passes(batch):
+    """A loss that looks at other tokens waits for the backward anyway, and so can a parameter."""
+    power = torch.tensor(2.0, requires_grad=True)
+
+    def loss(stats, inputs, *, power):
+        return TokenTerms(loss=-power * stats.logp / stats.entropy.detach().mean())
+
+    out = token_loss(*batch, bind(loss, power=power))
+    out.loss_sum.backward()
+    torch.testing.assert_close(power.grad, out.loss_sum.detach() / 2)
+
+
+def test_numpy_numbers_are_numbers(batch):
+    options = dict(temperature=np.float32(0.5), vocab_size=np.int64(V), ignore_index=np.int32(-100), grad_scale=np.float64(2.0))
+    torch.testing.assert_close(token_loss(*batch, "dft", **options).loss_sum, token_loss(*batch, "dft", temperature=0.5).loss_sum)
 
 
 def test_unknown_loss_and_parameter_come_with_a_suggestion(batch):

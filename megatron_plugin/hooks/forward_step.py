@@ -23,7 +23,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch import distributed as dist
 
-from megatron_plugin.hooks.report import check_normalised_per_step, check_will_be_divided, report, token_means
+from megatron_plugin.hooks.report import check_normalised_per_step, check_will_be_divided, loss_scale, report, token_means
 from megatron_plugin.losses.binding import bind
 from megatron_plugin.losses.contract import TokenInputs, TokenLoss
 from megatron_plugin.ops import token_loss
@@ -66,7 +66,8 @@ def make_loss_func(
 
     def loss_func(logits: Tensor, *, labels: Tensor, loss_mask: Tensor | None = None, inputs: TokenInputs | None = None):
         check_will_be_divided(config)
-        output = token_loss(logits, labels, bound, inputs=masked_inputs(inputs, loss_mask), **options)
+        scale = loss_scale(config, logits.device)
+        output = token_loss(logits, labels, bound, inputs=masked_inputs(inputs, loss_mask), grad_scale=scale, **options)
         return report(output.loss_sum, output)
 
     return loss_func

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from megatron_plugin.hooks.report import loss_scale
 from megatron_plugin.kernels.main_grad import MainGrad
 from megatron_plugin.losses.binding import bind
 from megatron_plugin.losses.contract import TokenInputs, TokenLoss
@@ -73,10 +73,8 @@ class HeadLoss:
     def summed(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tokens, main_grad: MainGrad | None) -> tuple[Tensor, LossOutput]:
         """One-pass: sum of coefficient x loss, 0-d fp32, its gradient formed here; and sums over the tokens."""
         plan = self._plan(tokens, main_grad)
-        if torch.is_grad_enabled() and self.config.grad_scale_func is not None and isinstance(plan.grad_scale, float) and plan.grad_scale == 1.0:
-            # what the schedule will multiply the loss with: gradients formed now carry it, or fp16 ones would vanish
-            scale = self.config.grad_scale_func(torch.ones((), device=hidden.device))
-            plan = replace(plan, grad_scale=scale.detach().float().reshape(()) if isinstance(scale, Tensor) else float(scale))
+        if isinstance(plan.grad_scale, float) and plan.grad_scale == 1.0:
+            plan = replace(plan, grad_scale=loss_scale(self.config, hidden.device))
         labels, inputs = _in_order(tokens)
         head = replace(self.head, bias=bias)
         output = linear_token_loss(hidden, weight, labels, self.loss, inputs=inputs, tp=self.tp, head=head, plan=plan)

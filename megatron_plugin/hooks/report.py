@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from megatron_plugin.losses.reduction import LossOutput
 
-__all__ = ["check_normalised_per_step", "check_will_be_divided", "report", "token_means"]
+__all__ = ["check_normalised_per_step", "check_will_be_divided", "loss_scale", "report", "token_means"]
 
 
 def report(loss_sum: Tensor, output: LossOutput, *, num_tokens: Tensor | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -43,6 +43,14 @@ def check_will_be_divided(config: TransformerConfig) -> None:
             "got config.finalize_model_grads_func=None, expected a function that divides the gradient by num_tokens: this loss_func "
             "returns a sum; set it to megatron.core.distributed.finalize_model_grads, or evaluate under torch.no_grad()"
         )
+
+
+def loss_scale(config: TransformerConfig, device: torch.device) -> float | Tensor:
+    """What the schedule will multiply the loss with before the backward: gradients formed in the forward carry it, or fp16 ones would vanish."""
+    if config.grad_scale_func is None or not torch.is_grad_enabled():
+        return 1.0
+    scale = config.grad_scale_func(torch.ones((), device=device))
+    return scale.detach().float().reshape(()) if isinstance(scale, Tensor) else float(scale)
 
 
 def token_means(reports: Sequence[dict[str, Tensor]], *, group: dist.ProcessGroup | None = None) -> dict[str, float]:

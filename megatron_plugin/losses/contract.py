@@ -109,6 +109,8 @@ class TokenLoss:
     """The same loss as a @triton.jit function (kernels/weighting.py), or its dotted path; None: its terms are formed in PyTorch on [T] vectors."""
     bound: bool = False
     """Set by `bind`: parameters checked and token_local probed, so binding again costs nothing."""
+    tried: dict = field(default_factory=dict, repr=False, compare=False)
+    """What probe.own_metrics found out, by the inputs that were given."""
 
     @property
     def name(self) -> str:

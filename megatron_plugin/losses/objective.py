@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_plugin.kernels.objective import COLUMNS, MAX_PARAMS, Number, Objective, Twin
-from megatron_plugin.losses.contract import TokenInputs, TokenLoss, TokenStats
+from megatron_plugin.losses.contract import TermsError, TokenInputs, TokenLoss, TokenStats, TokenTerms
 from megatron_plugin.losses.probe import own_metrics, saving_as_it_is
 from megatron_plugin.losses.reduction import masked_terms, term_table
 from megatron_plugin.losses.regularisers import REGULARISERS
@@ -22,20 +22,28 @@ __all__ = ["objective_of", "resolve_twin"]
 def objective_of(loss: TokenLoss, inputs: TokenInputs, *, grad_scale: Number = 1.0) -> tuple[Objective, tuple[str, ...]]:
     """The objective of `loss` on these tokens ([T] inputs), and the names of its own metrics.
 
-    ValueError when the loss needs an input that is missing: found out here, since a twin would run without.
+    ValueError when the loss needs an input that is missing: found out here, since a twin would run without; and where a parameter requires a
+    gradient, which a one-pass op would lose.
     """
+    _check_constants(loss)
     metrics = own_metrics(loss, frozenset(inputs.tensors()))
+
+    def called(stats: TokenStats, given: TokenInputs, live: Tensor) -> tuple[TokenTerms, TokenInputs]:
+        found, masked = masked_terms(loss, stats, given, live)
+        if (names := tuple(name for name in found.metrics if name not in REGULARISERS)) != metrics:
+            raise TermsError(f"loss '{loss.name}' reported metrics {names}, expected {metrics} as at its first call: report the same at every call")
+        return found, masked
 
     def terms(stats: TokenStats, live: Tensor, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         plain = {name: x for name, x in given.items() if not name.startswith("extra.")}
         extra = {name.removeprefix("extra."): x for name, x in given.items() if name.startswith("extra.")}
         token_inputs = TokenInputs(**plain, extra=extra)
         if torch.is_inference_mode_enabled():  # nothing can be differentiated there, nobody asks for a gradient
-            found, masked = masked_terms(loss, stats, token_inputs, live)
+            found, masked = called(stats, token_inputs, live)
             return term_table(stats, found, masked, live)[0], torch.zeros_like(stats.logp)[:, None].expand(-1, 3)
         with torch.enable_grad(), saving_as_it_is():
             leaves = TokenStats(*(torch.where(live, x, 0.0).detach().requires_grad_() for x in stats))
-            found, masked = masked_terms(loss, leaves, token_inputs, live)
+            found, masked = called(leaves, token_inputs, live)
             table_CT, weighted_T = term_table(leaves, found, masked, live)
             slopes = torch.autograd.grad(weighted_T.sum(), leaves, allow_unused=True, materialize_grads=True)
         a_T, b_T, c_T = slopes
@@ -48,6 +56,15 @@ def objective_of(loss: TokenLoss, inputs: TokenInputs, *, grad_scale: Number = 1
     twin = None if twin is None else Twin(twin, _twin_params(loss), len(metrics))
     regularisers = {name: loss.regularisers.get(name, 0.0) for name in REGULARISERS}
     return Objective(terms, inputs.tensors(), grad_scale, twin=twin, **regularisers), metrics
+
+
+def _check_constants(loss: TokenLoss) -> None:
+    for name, value in {**loss.params, **loss.regularisers}.items():
+        if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"loss '{loss.name}': {name} requires a gradient, but parameters are constants of a step, expected a number or a 0-d tensor without "
+                f"gradient: pass {name}.detach(); to train it, use token_stats or linear_token_stats and sum the loss's terms yourself"
+            )
 
 
 def resolve_twin(loss: TokenLoss) -> Callable | None:

@@ -125,6 +125,11 @@ def _agrees_bare(loss: TokenLoss, first: int, second: int) -> bool:
         return True
 
 
+def _has_weights(loss: TokenLoss) -> bool:
+    """Whether the loss depends on a trainable tensor beside the statistics (of a module, say), whose gradient a forward would lose."""
+    return loss(*_plausible(sum(SPLITS[0]))).loss.requires_grad
+
+
 def _on_cpu(loss: TokenLoss) -> TokenLoss:
     """The loss with its 0-d tensors on the CPU and a vocabulary, should it want one."""
     params, added = (
@@ -143,7 +148,7 @@ def check_once(loss: TokenLoss) -> None:
 def is_token_local(loss: TokenLoss) -> bool:
     """True when every try agrees; some milliseconds.  A loss that raises on made-up tokens is taken as not token-local, with a warning.
 
-    With all inputs given, and with none where the loss can do without.  It is a test, not a proof: a loss that looks at its neighbours
+    With all inputs given, and with none where the loss can do without; False too for a loss with trainable tensors of its own.  It is a test, not a proof: a loss that looks at its neighbours
     only from 34 tokens on, or only for values that were not tried, passes.  TermsError, a ValueError, when what comes back is not
     TokenTerms of one value per token.
     """
@@ -151,7 +156,8 @@ def is_token_local(loss: TokenLoss) -> bool:
     # fork_rng: a loss that draws random numbers must not move the training run's generator
     with torch.inference_mode(False), torch.enable_grad(), saving_as_it_is(), torch.random.fork_rng(devices=[]):
         try:
-            return all(_agrees(tried, first, second) and _agrees_bare(tried, first, second) for first, second in SPLITS)
+            local = all(_agrees(tried, first, second) and _agrees_bare(tried, first, second) for first, second in SPLITS)
+            return local and not _has_weights(tried)
         except _Raised as raised:
             error = raised.__cause__
     warnings.warn(
@@ -165,13 +171,17 @@ def is_token_local(loss: TokenLoss) -> bool:
 def own_metrics(loss: TokenLoss, given: frozenset[str]) -> tuple[str, ...]:
     """Names of the metrics that the function of `loss` reports when the inputs called `given` are there; tried on made-up tokens.
 
-    ValueError where the loss needs an input that is not given.  Kept for a loss with a twin, whose function is not called otherwise.
+    ValueError where the loss needs an input that is not given.  Kept: with the loss, or for all bindings of a function that has a twin.
     """
     defaults = {p.name: p.default for p in inspect.signature(loss.fn).parameters.values() if p.default is not p.empty}
     # reading a tensor would wait for the GPU: a number of ours stands in, as a tensor, since range checks look at numbers
     numbers = {name: _stand_in(value, defaults.get(name)) for name, value in loss.params.items()}
     if loss.twin is None:
-        return _try_metrics(loss.fn, given, tuple(numbers.items()))
+        fn, names = loss.tried.get(given, (None, ()))
+        if fn is not loss.fn:
+            names = _try_metrics(loss.fn, given, tuple(numbers.items()))
+            loss.tried[given] = loss.fn, names
+        return names
     return _kept_metrics(loss.fn, given, tuple(name for name, value in loss.params.items() if isinstance(value, Tensor)),
                          tuple((name, value) for name, value in numbers.items() if not isinstance(value, Tensor)))  # fmt: skip
 

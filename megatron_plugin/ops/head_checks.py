@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_plugin.kernels.layout import Shard
+from megatron_plugin.kernels.main_grad import MainGrad
+from megatron_plugin.ops.checks import check_grad_scale, check_number, check_type
 from megatron_plugin.ops.options import Head, Plan, TensorParallel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -16,6 +18,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def check_head(hidden: Tensor, weight: Tensor, head: Head) -> None:
     """Hidden states [..., H], weight [V_local, H] and bias [V_local] of one dtype on one device."""
+    check_type("hidden", hidden, Tensor, "hidden states [..., tokens, H]")
+    check_type("weight", weight, Tensor, "this rank's rows of the output head, [V_local, H]; of a module: module.weight")
+    check_type("head", head, Head, "head=Head(vocab_size=...)")
+    if head.bias is not None:
+        check_type("head.bias", head.bias, Tensor, "[V_local], or None")
     if hidden.dim() < 2 or hidden.dtype not in DTYPES:
         raise ValueError(f"hidden must be floating point [..., tokens, H] in fp32, bf16, fp16 or fp64, got {hidden.dtype} {list(hidden.shape)}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
@@ -32,12 +39,15 @@ def check_head(hidden: Tensor, weight: Tensor, head: Head) -> None:
             )
     if head.bias is not None and tuple(head.bias.shape) != (weight.shape[0],):
         raise ValueError(f"head.bias {list(head.bias.shape)} does not fit weight {list(weight.shape)}: expected [{weight.shape[0]}]")
+    if head.softcap is not None:
+        check_number("head.softcap", head.softcap)
     if head.softcap is not None and not (0 < head.softcap < math.inf):
         raise ValueError(f"head.softcap={head.softcap} is not a positive number; pass None for a head without one")
 
 
 def token_shape(hidden: Tensor, tp: TensorParallel) -> tuple[int, ...]:
     """Shape of the labels that belong to these hidden states."""
+    check_type("tp", tp, TensorParallel, "tp=TensorParallel(group=...)")
     if not tp.sequence_parallel:
         return tuple(hidden.shape[:-1])
     if tp.group is None:
@@ -52,22 +62,16 @@ def check_plan(plan: Plan, hidden: Tensor, weight: Tensor, *, training: bool) ->
     """The numbers of a plan, and that its ledger is this weight's."""
     if plan.chunk_tokens is not None and (not isinstance(plan.chunk_tokens, int) or plan.chunk_tokens < 1):
         raise ValueError(f"plan.chunk_tokens={plan.chunk_tokens!r}: expected at least 1 token per chunk, or None to choose by memory")
+    check_number("plan.min_weight", plan.min_weight)
     if not (0 <= plan.min_weight < math.inf):
         raise ValueError(f"plan.min_weight={plan.min_weight}: expected a number >= 0; 0 drops nothing")
     wider = (torch.float32,) if hidden.dtype.itemsize < 4 else ()
     if plan.logits_dtype not in (None, hidden.dtype, *wider):
         expected = " or ".join(map(str, (hidden.dtype, *wider)))
         raise ValueError(f"plan.logits_dtype={plan.logits_dtype} with {hidden.dtype} hidden states: expected {expected}, or None for the first")
-    scale = plan.grad_scale
-    if isinstance(scale, Tensor):
-        if scale.dim() or not scale.is_floating_point() or scale.requires_grad or scale.device != hidden.device:
-            raise ValueError(
-                f"plan.grad_scale is {scale.dtype} {list(scale.shape)} on {scale.device}: expected a number, or a 0-d floating tensor without "
-                f"gradient on {hidden.device}"
-            )
-    elif not (math.isfinite(scale) and scale != 0):
-        raise ValueError(f"plan.grad_scale={scale}: expected a finite number other than 0, the factor that the backward brings")
+    check_grad_scale("plan.grad_scale", plan.grad_scale, hidden)
     if plan.main_grad is not None:
+        check_type("plan.main_grad", plan.main_grad, MainGrad, "the ledger of the weight, MainGrad(weight), made once and kept with it")
         if plan.main_grad.weight is not weight:
             raise ValueError("plan.main_grad is the ledger of another weight; make one with MainGrad(weight) and keep it with that weight")
         if training and weight.requires_grad:

@@ -20,7 +20,7 @@ from megatron_plugin.losses.binding import bind
 from megatron_plugin.losses.contract import TokenInputs, TokenLoss
 from megatron_plugin.losses.objective import objective_of
 from megatron_plugin.losses.reduction import LossOutput, PerToken, evaluate_loss, output_of_table
-from megatron_plugin.ops.checks import checked_inputs, checked_labels
+from megatron_plugin.ops.checks import check_type, checked_inputs, checked_labels, checked_shard
 from megatron_plugin.ops.head_checks import (
     check_head,
     check_labels_on_cpu,
@@ -31,7 +31,6 @@ from megatron_plugin.ops.head_checks import (
 )
 from megatron_plugin.ops.options import Head, Plan, TensorParallel
 from megatron_plugin.parallel.hidden import exchange_over
-from megatron_plugin.parallel.vocab import shard_of
 
 __all__ = ["linear_token_loss", "linear_token_stats"]
 
@@ -62,8 +61,10 @@ def linear_token_stats(
     Under tp.group: one all-gather of 16 bytes per token and rank in the forward; dX is all-reduced (reduce-scattered) chunk by chunk.
 
     A graph break under torch.compile.  ValueError: shapes, dtypes, devices or options that do not fit; on the CPU a label outside the
-    vocabulary (on a GPU its logp is NaN) and plan.rows that leave out a live token (on a GPU such a token counts as masked).
+    vocabulary (on a GPU its logp is NaN) and plan.rows that leave out a live token (on a GPU such a token counts as masked).  Rows of the
+    weight behind head.vocab_size may hold anything: they get no gradient and give none.  Logits as large as in `token_stats`.
     """
+    check_type("plan", plan, Plan, "plan=Plan(chunk_tokens=...)")
     if plan.min_weight:
         raise ValueError(
             f"plan.min_weight={plan.min_weight} in linear_token_stats: which tokens weigh little is the loss's business, and known only in the "
@@ -102,11 +103,13 @@ def linear_token_loss(
     RuntimeError: a second backward.
     """
     loss = bind(loss)
+    check_type("plan", plan, Plan, "plan=Plan(chunk_tokens=...)")
     if plan.min_weight and not loss.token_local:
         raise ValueError(
             f"plan.min_weight={plan.min_weight} with loss '{loss.name}', which looks at other tokens and so runs in two passes: no weight is known "
             "in the forward; leave it 0"
         )
+    check_type("labels", labels, Tensor, "one integer id per token; from numbers: torch.tensor(labels)")
     inputs = checked_inputs(inputs, labels)
     call = _prepare(hidden, weight, labels, inputs.coefficient, tp, head, plan, ignore_index)
     loss, flat, live = loss.for_vocabulary(call.sweep.shard.vocab_size), inputs.map(lambda x: x.reshape(-1)), call.labels_T != ignore_index
@@ -149,7 +152,7 @@ def _prepare(
     if coefficient is not None:
         labels = labels.masked_fill(coefficient == 0, ignore_index)
     V, temperature = weight.shape[0], head.temperature
-    shard = shard_of(V, tp.group, vocab_start=tp.vocab_start, vocab_size=head.vocab_size, temperature=temperature, ignore_index=ignore_index)
+    shard = checked_shard(V, tp.group, vocab_start=tp.vocab_start, vocab_size=head.vocab_size, temperature=temperature, ignore_index=ignore_index)
     on_host = labels.device.type == "cpu"  # elsewhere a look at the labels would stall the queue
     if on_host:
         check_labels_on_cpu(labels, shard)

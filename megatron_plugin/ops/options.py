@@ -56,4 +56,4 @@ class Plan:
     """Ledger of the weight: dW is added to weight.main_grad, in the one-pass op already in the forward.  None: an ordinary gradient."""
     grad_scale: float | Tensor = 1.0
     """One-pass only.  The factor that the backward will bring (loss scale / micro-batches, say), number or 0-d tensor: gradients formed in the
-    forward carry it.  With main_grad it must be right (`MainGrad.finalize` checks), otherwise it only saves a multiplication."""
+    forward carry it.  With main_grad it must be right (`MainGrad.finalize` checks); otherwise it saves a multiplication, and fp16 from underflow."""

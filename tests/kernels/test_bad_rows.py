@@ -5,10 +5,13 @@ import math
 import pytest
 import torch
 
+from megatron_plugin.kernels import shard_ops
 from megatron_plugin.kernels.backend import use_backend
 from megatron_plugin.kernels.layout import Shard
-from megatron_plugin.kernels.partials import finish_rows
+from megatron_plugin.kernels.partials import finish_rows, merge_partials
+from megatron_plugin.kernels.reference import token_stats_reference
 from megatron_plugin.kernels.token_stats import token_stats
+from tests import tolerances as tol
 from tests.kernels.cases import run
 
 BACKENDS = ("eager", "triton", *(() if torch.cuda.is_available() else ("cpp",)))  # C++ takes CPU tensors only
@@ -83,8 +86,6 @@ def test_stray_labels_are_nan_where_nothing_can_raise():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_gradient_of_a_stray_label_is_nan(backend, device):
-    from megatron_plugin.kernels import shard_ops
-
     rows = torch.tensor([[1.0, 2.0, math.nan, 0.5]], device=device)
     with use_backend(backend):
         grad = shard_ops.grad(torch.randn(1, 300, device=device), torch.tensor([300], device=device), rows,
@@ -128,3 +129,48 @@ def test_transposed_and_expanded_logits(backend, device):
         assert torch.equal(token_stats(logits.T, labels, shard).logp, token_stats(logits.T.contiguous(), labels, shard).logp)
         row = torch.randn(1, 40, device=device)
         assert torch.equal(token_stats(row.expand(6, 40), labels, shard).logp, token_stats(row.repeat(6, 1), labels, shard).logp)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mask", [-1e9, -1e10, -3e12, -1e20, -1e30, torch.finfo(torch.float32).min, -math.inf])
+@pytest.mark.parametrize("V", [5003, 140000])  # a block full of masks; a part of a row (C++) too
+def test_finite_masks_are_as_good_as_infinite_ones(backend, mask, V, device):
+    """The first columns of a row, many blocks of them: their own maximum must not become a reference that 24 bits cannot hold."""
+    logits, labels = torch.randn(3, V), torch.tensor([V - 1, V - 7, V - 2])
+    logits[:, : V // 3 * 2] = -math.inf
+    expected, expected_grad = run("eager", logits, labels, ONES[:3])
+    logits[:, : V // 3 * 2] = mask
+    stats, grad = run(backend, logits.to(device), labels.to(device), ONES[:3].to(device))
+    for x, y in zip(stats, expected, strict=True):
+        torch.testing.assert_close(x, y, atol=tol.LOGP_FP32, rtol=tol.LOGP_FP32_RELATIVE)
+    torch.testing.assert_close(grad.cpu(), expected_grad, atol=tol.GRAD_FP32, rtol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mask", [-1e10, -1e20])
+def test_a_shard_full_of_masks_is_as_good_as_an_empty_one(backend, mask, device):
+    """The other tensor-parallel rank holds the row's real logits: nothing of this one's may reach the merged sums."""
+    here, there = torch.full((2, 300), mask), torch.randn(2, 300)
+    labels = torch.tensor([301, 599], device=device)
+    with use_backend(backend):
+        partials = [shard_ops.stats(x.to(device), labels, start, 600, -100, 1.0).cpu() for x, start in ((here, 0), (there, 300))]
+    logp, entropy, _, _ = finish_rows(merge_partials(torch.stack(partials)), labels.cpu(), Shard(0, 600, -100, 1.0), torch.float32)
+    truth = there.double().log_softmax(1)
+    torch.testing.assert_close(logp, truth.gather(1, labels.cpu()[:, None] - 300)[:, 0], atol=tol.LOGP_FP32, rtol=0)
+    torch.testing.assert_close(entropy, -(truth.exp() * truth).sum(1), atol=tol.ENTROPY_FP32, rtol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_range_of_the_logits(backend, dtype, sign, device):
+    """Up to 1e9 as documented, from 2^31 ln 2 on NaN in every backend, statistics and gradient: never a wrong number."""
+    labels = torch.tensor([5, 6, 7, 8], device=device)
+    near = (torch.randn(4, 300) * 3 + sign * 1e9).to(dtype)
+    stats, _ = run(backend, near.to(device), labels, ONES.to(device))
+    for x, y in zip(stats, token_stats_reference(near, labels.cpu()), strict=True):
+        torch.testing.assert_close(x.double(), y, atol=tol.LOGP_FAR, rtol=tol.LOGP_FP32_RELATIVE)
+    for size in (1.5e9, 3e9, 1e10, 1e20, 3e38):
+        far = (torch.randn(4, 300) * 3 + sign * size).to(dtype).to(device)
+        stats, grad = run(backend, far, labels, ONES.to(device))
+        assert all(x.isnan().all() for x in stats) and grad.isnan().all()

@@ -65,6 +65,10 @@ def test_nan_in_a_live_row_is_never_hidden(loss, hopper):
     shared.test_nan_in_a_live_row_is_never_hidden("cluster", loss, hopper)
 
 
+def test_the_range_of_the_logits(hopper):
+    shared.test_the_range_of_the_logits_in_one_pass("cluster", hopper)
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_a_masked_row_beats_every_check(poison, hopper):
     shared.test_a_masked_row_beats_every_check("cluster", poison, hopper)

@@ -1,6 +1,7 @@
 """Building the C++ row kernels: the cache, several processes at once, and every way in which it can go wrong."""
 
 import hashlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,47 @@ def test_an_object_is_found_again_and_a_broken_one_is_built_again(fresh):
         assert torch.equal(_stats(), expected)
         rebuilt = path.read_bytes()
         assert hashlib.sha256(rebuilt[:-32]).digest() == rebuilt[-32:] and list(fresh.iterdir()) == [path]
+
+
+def test_a_cache_serves_a_machine_without_a_compiler(fresh, monkeypatch):
+    """An image brings the cache along: the compiler cannot be asked for its version, sources, flags and machine are the same."""
+    expected = _stats()
+    (path,) = fresh.iterdir()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    _forget()
+    assert cpu.available() and torch.equal(_stats(), expected) and list(fresh.iterdir()) == [path]
+    damaged = path.with_name(path.name.split("-")[0] + "-0.so")  # first in the order of names
+    damaged.write_bytes(path.read_bytes()[:9000])
+    _forget()
+    assert cpu.available()
+    path.unlink()
+    _forget()
+    with pytest.warns(RuntimeWarning, match="'no-such-compiler' did not run"):
+        assert not cpu.available()
+
+
+@pytest.mark.parametrize("change", ["flags", "machine", "source"])
+def test_a_cache_of_something_else_does_not(fresh, monkeypatch, tmp_path, change):
+    _stats()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    if change == "flags":
+        monkeypatch.setattr(cpu, "FLAGS", (*cpu.FLAGS, "-DOTHER"))
+    elif change == "machine":
+        monkeypatch.setattr(build.platform, "machine", lambda: "riscv64")
+    else:
+        shutil.copytree(build.CSRC, tmp_path / "csrc")
+        (tmp_path / "csrc" / "row_kernels.h").open("a").write("\n")
+        monkeypatch.setattr(build, "CSRC", tmp_path / "csrc")
+    _forget()
+    with pytest.warns(RuntimeWarning, match="slower PyTorch path"):
+        assert not cpu.available()
+
+
+def test_the_cache_folder_may_start_with_a_tilde(fresh, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("MEGATRON_PLUGIN_CACHE", "~/kernels")
+    _stats()
+    assert len(list((tmp_path / "home" / "kernels").glob("*.so"))) == 1 and not (Path.cwd() / "~").exists()
 
 
 def test_other_flags_are_another_object(fresh, monkeypatch):

@@ -206,6 +206,19 @@ def test_nan_in_a_live_row_is_never_hidden(backend, loss, device):
     assert z.grad[1].isnan().any() and z.grad[[0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_range_of_the_logits_in_one_pass(backend, device):
+    """From 2^31 ln 2 = 1.49e9 on a row is NaN, and no other row."""
+    logits, labels = torch.randn(4, 300, device=device), torch.tensor([5, 6, -100, 8], device=device)
+    logits[1:3] = 4e9
+    z = logits.requires_grad_()
+    with use_backend(backend):
+        out = token_loss(z, labels, "eaft")
+    out.loss_sum.backward()
+    assert out.per_token.loss.isnan().tolist() == out.per_token.entropy.isnan().tolist() == [False, True, False, False]
+    assert z.grad[1].isnan().all() and z.grad[[0, 2, 3]].isfinite().all() and not z.grad[2].any()
+
+
 @pytest.mark.parametrize("loss", ["luffy", "grpo", "srft_demo"])
 def test_a_stray_label_is_nan_in_the_kernel(loss, device):
     """Where nothing can raise without stalling the queue: losses that only see p must not swallow it."""

@@ -1,8 +1,11 @@
 """token_stats against the fp64 oracle: both backends, every kind of row, every dtype."""
 
+import math
+
 import pytest
 import torch
 
+from megatron_plugin import token_stats as public_token_stats
 from megatron_plugin.kernels.layout import Shard
 from megatron_plugin.kernels.reference import grad_reference, token_stats_reference
 from megatron_plugin.kernels.token_stats import token_stats
@@ -151,6 +154,29 @@ def test_second_backward_after_overwriting_is_an_error():
     stats.logp.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         stats.logp.sum().backward()
+
+
+def test_fullgraph_compile_of_any_shape_and_temperature():
+    """dynamic: sizes, vocabulary and temperature are symbols; one graph serves them all."""
+
+    def loss(z, labels, temperature, vocab_size):
+        stats = public_token_stats(z, labels, temperature=temperature, vocab_size=vocab_size)
+        return -(stats.logp.detach().exp() * stats.logp).sum() - 0.01 * stats.entropy.sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for T, V, temperature in ((6, 99, 1.0), (7, 50, 0.7), (8, 101, 1.3)):
+        logits, labels = torch.randn(T, V, requires_grad=True), torch.randint(0, V - 2, (T,))
+        (expected,) = torch.autograd.grad(loss(logits, labels, temperature, V - 1), logits)
+        (got,) = torch.autograd.grad(compiled(logits, labels, temperature, V - 1), logits)
+        torch.testing.assert_close(got, expected, atol=tol.GRAD_FP32, rtol=0)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0, 1e-3, 3.3, 1e4])
+def test_the_factor_of_the_kernels_is_rounded_as_fp32_is(temperature):
+    shard, exact = Shard(0, 1, -100, temperature), math.log2(math.e) / temperature
+    assert shard.scale2(torch.float32) == float(torch.tensor(exact, dtype=torch.float32)) and shard.scale2(torch.float64) == exact
 
 
 def test_fullgraph_compile():

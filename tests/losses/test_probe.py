@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 
+from megatron_plugin import TokenInputs, TokenTerms, token_loss
 from megatron_plugin.losses import LOSSES
 from megatron_plugin.losses.binding import bind
 from megatron_plugin.losses.probe import is_token_local
@@ -69,3 +70,55 @@ def test_a_probe_takes_milliseconds():
         bind(user_losses.kl_to_reference)
         times.append(time.perf_counter() - start)
     assert min(times) < 0.05
+
+
+def test_a_loss_with_trainable_tensors_of_its_own_waits_for_the_backward():
+    """Formed inside a forward, their gradient would be lost."""
+    learned = torch.nn.Parameter(torch.tensor(0.5))
+
+    def loss(stats, inputs):
+        return TokenTerms(loss=-learned.exp() * stats.logp)
+
+    assert not bind(loss).token_local
+    logits, labels = torch.randn(5, 20), torch.randint(0, 20, (5,))
+    out = token_loss(logits, labels, bind(loss))
+    out.loss_sum.backward()
+    torch.testing.assert_close(learned.grad, out.loss_sum.detach())
+    learned.requires_grad_(False)
+    assert bind(loss).token_local
+
+
+@pytest.mark.parametrize("vocabulary", [False, True])
+def test_the_metrics_of_a_bound_loss_are_tried_once(vocabulary, monkeypatch):
+    """Per kind of inputs, not per call: at every call a step would pay for the function twice."""
+    calls = []
+
+    def plain(stats, inputs, *, mu):
+        calls.append(len(stats.logp))
+        return TokenTerms(loss=-mu * stats.logp, metrics={"mine": stats.logp.detach()})
+
+    def with_vocabulary(stats, inputs, *, mu, vocab_size):
+        return plain(stats, inputs, mu=mu)
+
+    loss = bind(with_vocabulary if vocabulary else plain, mu=torch.tensor(0.5))
+    logits, labels = torch.randn(5, 20), torch.randint(0, 20, (5,))
+    calls.clear()
+    for _ in range(3):
+        assert "mine" in token_loss(logits, labels, loss).metric_sums
+    assert calls == [3, 5, 5, 5]
+    token_loss(logits, labels, loss, inputs=TokenInputs(advantage=torch.ones(5)))
+    assert calls[4:] == [3, 5], "other inputs may mean another branch"
+
+
+def test_metrics_that_change_are_named():
+    report = {"first": 1}
+
+    def loss(stats, inputs):
+        return TokenTerms(loss=-stats.logp, metrics={name: stats.logp.detach() for name in report})
+
+    bound, logits, labels = bind(loss), torch.randn(5, 20), torch.randint(0, 20, (5,))
+    token_loss(logits, labels, bound)
+    report["second"] = 2
+    with pytest.raises(ValueError, match=r"'loss' reported metrics \('first', 'second'\), expected \('first',\)"):
+        token_loss(logits, labels, bound)
+    assert "second" in token_loss(logits, labels, bind(loss)).metric_sums

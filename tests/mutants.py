@@ -115,7 +115,7 @@ MUTANTS = [
     Mutant("hidden states are handed on without their gradient", "megatron_plugin/hooks/gpt_model.py", "            return input_, None", "            return input_.detach(), None", f"{ATTACH}::test_sft_is_the_models_own_loss_and_detach_leaves_no_trace"),
     Mutant("the main head gets the loss of the MTP heads", "megatron_plugin/hooks/gpt_model.py", "if seen.heads <= (self.model.config.mtp_num_layers or 0):", "if seen.heads <= 1 + (self.model.config.mtp_num_layers or 0):", ATTACH),
     Mutant("detach leaves the head's class", "megatron_plugin/hooks/gpt_model.py", "        head.__class__ = type(head).__bases__[1]\n", "", ATTACH),
-    Mutant("a loss_mask weights twice", "megatron_plugin/hooks/attach.py", "self._loss_mask = seen.loss_mask if inputs.coefficient is None else None", "self._loss_mask = seen.loss_mask", "tests/hooks/test_attach.py::test_masks_and_weights"),
+    Mutant("data weights in a loss_mask are forgotten in two passes", "megatron_plugin/hooks/attach.py", "self._loss_mask = seen.loss_mask", "self._loss_mask = None", "tests/hooks/test_attach.py::test_masks_and_weights"),
     Mutant("labels in the batch's order, hidden states in the sequence's", "megatron_plugin/hooks/head_loss.py", "tokens.masked_labels().t().contiguous(), tokens", "tokens.masked_labels().contiguous().view(tokens.labels.shape[::-1]), tokens", ATTACH),
     Mutant("the loss scale is not told", "megatron_plugin/hooks/report.py", "scale = config.grad_scale_func(torch.ones((), device=device))", "scale = 1.0", f"{ATTACH}::test_half_precision_under_the_wrappers"),
     Mutant("the books of main_grad are never closed", "megatron_plugin/hooks/attach.py", "        self._ledger.finalize()\n", "", f"{ATTACH}::test_a_dropped_forward_is_found"),

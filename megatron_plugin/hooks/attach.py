@@ -161,7 +161,7 @@ class Handle:
 
     def _main_loss(self, hidden: Tensor, weight: Tensor, seen: Seen) -> Tensor:
         inputs, on_host = self._take_inputs()
-        self._loss_mask = seen.loss_mask if inputs.coefficient is None else None
+        self._loss_mask = seen.loss_mask
         if self.one_pass and seen.loss_mask is not None:
             inputs = masked_inputs(inputs, seen.loss_mask)
         tokens = Tokens(seen.labels, inputs, seen.loss_mask, on_host)

@@ -123,11 +123,15 @@ def masks(group) -> dict:
         found["two_pass sum"] = handle.loss_func(_call(model, loss_mask=weights))
         with handle.inputs(TokenInputs(coefficient=weights)):
             found["coefficient"] = _call(model, loss_mask=None).detach()
+        with handle.inputs(TokenInputs(coefficient=weights)):
+            found["two_pass both"] = handle.loss_func(_call(model, loss_mask=weights))
         handle.detach()
         handle = attach(model, "dft", one_pass=True)
         found["one_pass sum"] = handle.loss_func(_call(model, loss_mask=weights))
         with handle.inputs(TokenInputs(coefficient=weights), on_host=weights):
             found["one_pass coefficient"] = handle.loss_func(_call(model, loss_mask=None))
+        with handle.inputs(TokenInputs(coefficient=weights)):
+            found["one_pass both"] = handle.loss_func(_call(model, loss_mask=weights))
         with torch.no_grad():
             found["no grad"] = handle.loss_func(_call(model, loss_mask=weights))
         found["poisoned"] = handle.loss_func(_call(model, loss_mask=weights, labels=labels.masked_fill(mask == 0, VOCABULARY + 9999)))

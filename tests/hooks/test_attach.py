@@ -83,6 +83,8 @@ def test_masks_and_weights():
         torch.testing.assert_close(total, expected, atol=0, rtol=2e-6, msg=way)
         assert count.dtype == torch.int32 and int(count) == int(live.sum()) and report["nll"][1] == live.sum()
         torch.testing.assert_close(report["lm loss"][0], expected, atol=0, rtol=2e-6)
+    for way in ("two_pass both", "one_pass both"):
+        torch.testing.assert_close(found[way][0], (plain * weights * weights).sum(), atol=0, rtol=2e-6, msg=way)
 
 
 MESSAGES = {

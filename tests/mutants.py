@@ -160,6 +160,14 @@ MUTANTS = [
     Mutant("another source's library is loaded", 'kernels/build.py', 'folder.glob(f"{made_of}-*.so")', 'folder.glob("*.so")', 'tests/kernels/test_cpu_build.py'),
     Mutant('the temperature is not rounded as the kernels round it', 'kernels/layout.py', 'return shifted - (shifted - factor)', 'return factor', STATS),
     Mutant('fp64 logits go through fp32 when Triton is forced', 'kernels/backend.py', 'if logits.dtype == torch.float64:', 'if False:', 'tests/kernels/test_backend.py'),
+    Mutant("context_gather keeps one rank's share of a token's gradient", 'megatron_plugin/parallel/context.py', 'reduce_scatter(mine, scattered, group=ctx.group)', 'mine.copy_(scattered.chunk(ranks)[dist.get_rank(ctx.group)])', 'tests/parallel/test_context.py -k gradient_of_a_token'),
+    Mutant('pieces of context-parallel ranks come back in another order', 'megatron_plugin/parallel/context.py', '*reversed(pieces[1::2])', '*pieces[1::2]', 'tests/parallel/test_context.py -k there_and_back'),
+    Mutant('queries of a context-parallel slice count from 0', 'megatron_plugin/hooks/local_attention.py', 'context_slice(causal_ss, 0, self.cp_group)[None, None]', 'causal_ss[:length][None, None]', 'tests/hooks/test_local_attention.py'),
+    Mutant('the trainer cuts rows into halves, attention expects zig-zag', 'megatron_plugin/trainer/step.py', 'context_slice(x, 1, ours.cp)', 'x.chunk(ours.cp.size(), 1)[ours.cp.rank()]', 'tests/trainer/test_layouts.py -k CP2'),
+    Mutant('two interleaved stages batch their messages', 'megatron_plugin/hooks/mcore.py', 'fields = {"overlap_p2p_comm": True, "batch_p2p_comm": False} | fields', 'pass', 'tests/hooks/test_mcore.py -k interleaved'),
+    Mutant("a checkpoint's optimizer state is not loaded", 'megatron_plugin/hooks/dist_checkpoint.py', '    _load(optimizer, state)', '    pass', 'tests/trainer/test_checkpoint.py -k TP2xPP2'),
+    Mutant('all parameters share one step tensor', 'megatron_plugin/hooks/dist_checkpoint.py', 'torch.tensor(0.0)).clone()', 'torch.tensor(0.0))', 'tests/trainer/test_checkpoint.py -k TP1'),
+    Mutant("Adam's step count is lost on the way to a plain optimizer", 'megatron_plugin/hooks/dist_checkpoint.py', 'torch.tensor(float(saved["optimizer"]["param_groups"][0]["step"]))', 'torch.tensor(1.0)', 'tests/trainer/test_checkpoint.py -k DP2xCP2'),
 ]
 
 

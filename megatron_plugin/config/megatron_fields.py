@@ -22,7 +22,8 @@ FILES = ("model_parallel_config.py", "transformer/transformer_config.py")
 OURS = {  # Megatron's name, field or command-line flag -> our key
     "tensor_model_parallel_size": "parallel.tensor", "pipeline_model_parallel_size": "parallel.pipeline",
     "virtual_pipeline_model_parallel_size": "parallel.virtual", "context_parallel_size": "parallel.context",
-    "sequence_parallel": "parallel.sequence", "deterministic_mode": "deterministic", "params_dtype": "train.dtype",
+    "sequence_parallel": "parallel.sequence", "use_distributed_optimizer": "parallel.distributed_optimizer",
+    "deterministic_mode": "deterministic", "params_dtype": "train.dtype",
     "pipeline_dtype": "train.dtype", "bf16": "train.dtype", "fp16": "train.dtype", "autocast_dtype": "train.dtype",
     "enable_autocast": "train.dtype", "max_sequence_length": "data.seq_length", "max_position_embeddings": "data.seq_length",
     "vocab_size": "data.tokenizer", "padded_vocab_size": "data.tokenizer", "micro_batch_size": "train.micro_batch",

@@ -57,9 +57,11 @@ class ParallelConfig:
     virtual: int = 1
     """Chunks of layers per stage (interleaved schedule); 1: one chunk, not interleaved."""
     context: int = 1
-    """Ranks that share each row's tokens; needs Transformer Engine's attention."""
+    """Ranks that share each row's tokens, zig-zag; 2 x context must divide data.seq_length.  Megatron's context_parallel_size."""
     sequence: bool = False
     """Norms and dropout on 1/tensor of the row's tokens; needs tensor > 1."""
+    distributed_optimizer: bool = False
+    """Optimizer state cut over the data- and context-parallel ranks (ZeRO-1); Megatron's use_distributed_optimizer."""
 
 
 @dataclass(frozen=True)

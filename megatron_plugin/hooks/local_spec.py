@@ -3,7 +3,8 @@
 megatron-core's own fallback refuses sequence parallelism ("sequence parallel not supported by torch LayerNorm", torch_norm.py).  What it
 lacks is one tag: under sequence parallelism each TP rank sees its own part of the sequence, so the gradients of the norms' parameters are
 partial, and finalize_model_grads sums over TP exactly the parameters marked `sequence_parallel`.  Our norms set that mark; they go in
-through the spec, so no class of megatron-core is touched.  Attention is megatron-core's own DotProductAttention: no context parallelism.
+through the spec, so no class of megatron-core is touched.  Attention is megatron-core's own DotProductAttention, and under context
+parallelism, which that refuses, local_attention.py's subclass of it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from megatron_plugin.hooks.local_attention import ContextParallelAttention
 
 __all__ = ["LayerNorm", "RMSNorm", "block_spec", "local_block_spec", "transformer_engine_usable"]
 
@@ -53,22 +56,25 @@ def local_block_spec(config: TransformerConfig, *, vp_stage: int | None = None) 
     for flag, usable in {"num_moe_experts": None, "multi_latent_attention": False, "layernorm_zero_centered_gamma": False}.items():
         if (got := getattr(config, flag)) != usable:
             raise ValueError(f"got {flag}={got}, expected {usable} without Transformer Engine; install it, or change the model's {flag}")
-    if config.context_parallel_size > 1:  # DotProductAttention would stop too, but with a bare assert
-        raise ValueError(f"got context_parallel_size={config.context_parallel_size}, expected 1 without Transformer Engine's attention")
+    if config.context_parallel_size > 1 and config.window_size is not None:  # megatron-core would count the window in the slice's places
+        raise ValueError(f"got window_size={config.window_size} with context parallelism, expected None without Transformer Engine's attention")
     norms = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
     if config.normalization not in norms:
         raise ValueError(f"got normalization='{config.normalization}', expected one of {', '.join(norms)}")
     norm = norms[config.normalization]
     # A block spec rather than a layer spec: GPTModel would choose the final norm of a bare layer spec itself, and that one knows no SP.
     block = get_gpt_decoder_block_spec(config=config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage)
-    return replace(block, layer_specs=[_with_norm(layer, norm, config.qk_layernorm) for layer in block.layer_specs], layer_norm=norm)
+    return replace(block, layer_specs=[_with_ours(layer, norm, config) for layer in block.layer_specs], layer_norm=norm)
 
 
-def _with_norm(layer: ModuleSpec, norm: type, qk_layernorm: bool) -> ModuleSpec:
-    """A copy of the layer with our norm in every slot that holds one (the spec's own submodules are shared between layers)."""
+def _with_ours(layer: ModuleSpec, norm: type, config: TransformerConfig) -> ModuleSpec:
+    """A copy of the layer with our norm in every slot that holds one, and under context parallelism our attention (the spec's own
+    submodules are shared between layers)."""
     attention = layer.submodules.self_attention
-    if qk_layernorm:
-        attention = replace(attention, submodules=replace(attention.submodules, q_layernorm=norm, k_layernorm=norm))
+    ours = {"q_layernorm": norm, "k_layernorm": norm} if config.qk_layernorm else {}
+    if config.context_parallel_size > 1:
+        ours["core_attention"] = ContextParallelAttention
+    attention = replace(attention, submodules=replace(attention.submodules, **ours))
     submodules = replace(layer.submodules, input_layernorm=norm, pre_mlp_layernorm=norm, self_attention=attention)
     return replace(layer, submodules=submodules)
 

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_plugin.config import Config
 from megatron_plugin.data import Conversation, ConversationEncoder, extract_answer, pad_id
+from megatron_plugin.hooks.mcore import Groups, broadcast_from_last_stage, forward_backward, groups
+from megatron_plugin.parallel.context import context_slice
 from megatron_plugin.parallel.vocab import all_gather
 from megatron_plugin.trainer.model import device
 
@@ -36,7 +36,8 @@ def accuracy(config: Config, chunks: list, tokenizer, conversations: Sequence[Co
     asked = [(prompt, answer) for prompt, answer in asked if answer is not None and len(prompt) < room]
     # an untrained model never ends: twice the longest reference is as far as an answer is followed
     limit = 2 * max((len(tokenizer.encode(c.messages[-1].content)) for c in conversations), default=0)
-    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    dp = groups().dp
+    rank, ranks = dp.rank(), dp.size()
     right = 0
     for start in range(0, len(asked), BATCH * ranks):
         batch = asked[start : start + BATCH * ranks]
@@ -45,7 +46,7 @@ def accuracy(config: Config, chunks: list, tokenizer, conversations: Sequence[Co
         if batch[rank::ranks]:
             right += sum(extract_answer(text) == answer for text, (_, answer) in zip(texts, mine, strict=True))
     total = torch.tensor(float(right), device=device())
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(total, group=dp)
     return float(total) / max(len(asked), 1), len(asked)
 
 
@@ -70,34 +71,39 @@ def _continue(config: Config, chunks: list, tokenizer, prompts: Sequence[Sequenc
 
 def _next_tokens(config: Config, chunks: list, tokens: Tensor, lengths: Tensor, vocab_size: int) -> Tensor:
     """[rows] most likely next token of each row, on every rank of the model."""
-    multiple = math.lcm(16, config.parallel.tensor)  # sequence parallelism cuts the width
+    parallel, ours, rows = config.parallel, groups(), len(tokens)
+    multiple = math.lcm(16, 2 * parallel.context * parallel.tensor)  # context and sequence parallelism cut the width
     width = min(config.data.seq_length, -(-int(lengths.max()) // multiple) * multiple)
-    positions = torch.arange(width, device=tokens.device).expand(len(tokens), width)
+    parts = parallel.pipeline if parallel.virtual > 1 else 1  # the interleaved schedule takes that many micro-batches at a time
+    filler = torch.full((-rows % parts,), rows - 1, device=tokens.device)
+    micro_batches = torch.cat((torch.arange(rows, device=tokens.device), filler)).chunk(parts)
+    positions_s = context_slice(torch.arange(width, device=tokens.device), 0, ours.cp)
 
-    def forward_step(_, model):
-        return model(tokens[:, :width], positions, None), lambda logits, **_: _argmax(logits, lengths, vocab_size)
+    def forward_step(remaining, model):
+        these = next(remaining)
+        inputs = context_slice(tokens[these, :width], 1, ours.cp)
+        logits = model(inputs, positions_s.expand_as(inputs), None)
+        return logits, lambda logits, **_: _argmax(logits, positions_s, lengths[these], ours, vocab_size)
 
-    outputs = get_forward_backward_func()(
-        forward_step_func=forward_step, data_iterator=[iter(()) for _ in chunks], model=chunks, num_microbatches=1, seq_length=width,
-        micro_batch_size=len(tokens), forward_only=True, collect_non_loss_data=True,
-    )  # fmt: skip
-    picked = outputs[0] if outputs else torch.zeros_like(lengths)
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        group = parallel_state.get_pipeline_model_parallel_group()
-        dist.broadcast(picked, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
-    return picked
+    shape = (len(micro_batches[0]), width)
+    picked = forward_backward(forward_step, micro_batches, chunks, shape=shape, train=False, collect=True)
+    return broadcast_from_last_stage(torch.cat(picked)[:rows] if picked else torch.zeros_like(lengths))
 
 
-def _argmax(logits: Tensor, lengths: Tensor, vocab_size: int) -> Tensor:
-    """[rows] id of the largest logit after each row's last token, over the true vocabulary of all tensor-parallel ranks."""
-    last = logits[torch.arange(len(lengths), device=logits.device), lengths - 1].float()  # [rows, V/tp]
-    start = parallel_state.get_tensor_model_parallel_rank() * last.shape[1]
-    ids = start + torch.arange(last.shape[1], device=logits.device)
+def _argmax(logits: Tensor, positions_s: Tensor, lengths: Tensor, ours: Groups, vocab_size: int) -> Tensor:
+    """[rows] id of the largest logit after each row's last token, over the true vocabulary of all tensor-parallel ranks.
+
+    logits [rows, s/C, V/tp]: the places `positions_s` of the rows; the last token of a row is on one of the context-parallel ranks."""
+    mine_rs = positions_s == lengths[:, None] - 1
+    last = logits[torch.arange(len(lengths), device=logits.device), mine_rs.int().argmax(1)].float()  # [rows, V/tp]
+    if ours.cp.size() > 1:
+        last = last.where(mine_rs.any(1, keepdim=True), 0.0)
+        dist.all_reduce(last, group=ours.cp)
+    ids = ours.tp.rank() * last.shape[1] + torch.arange(last.shape[1], device=logits.device)
     value, column = last.masked_fill(ids >= vocab_size, -torch.inf).max(-1)
-    mine = torch.stack((value, (start + column).float()), -1)  # ids are exact in fp32 up to 16.7 M
-    ranks = parallel_state.get_tensor_model_parallel_world_size()
-    everyone = mine.new_empty((ranks * len(mine), 2))
-    all_gather(everyone, mine.contiguous(), parallel_state.get_tensor_model_parallel_group())
-    best = everyone.view(ranks, -1, 2)
+    mine = torch.stack((value, ids[column].float()), -1)  # ids are exact in fp32 up to 16.7 M
+    everyone = mine.new_empty((ours.tp.size() * len(mine), 2))
+    all_gather(everyone, mine.contiguous(), ours.tp)
+    best = everyone.view(ours.tp.size(), -1, 2)
     winner = best[..., 0].argmax(0, keepdim=True)
     return best[..., 1].gather(0, winner)[0].long()

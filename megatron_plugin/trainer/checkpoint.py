@@ -1,4 +1,4 @@
-"""Checkpoints: megatron-core's dist_checkpointing for weights and optimizer (any layout can load them), JSON for the rest.
+"""Checkpoints: weights and optimizer in shards that any layout can load (hooks/dist_checkpoint.py), JSON for the rest.
 
     <run_dir>/checkpoints/step_00000200/    megatron-core's shards, and train_state.json, which is written last
 A directory appears under its final name only when it is complete.
@@ -6,16 +6,19 @@ A directory appears under its final name only when it is complete.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
 from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_plugin.hooks import dist_checkpoint
 
 __all__ = ["CheckpointError", "find_checkpoint", "load_checkpoint", "newest", "save_checkpoint"]
 
@@ -64,7 +67,7 @@ def save_checkpoint(run_dir: str | Path, chunks: list, optimizer, state: dict[st
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(_sharded_state(chunks, optimizer, is_loading=False), str(writing))
+    dist_checkpoint.save(writing, chunks, optimizer)
     dist.barrier()
     if leader:
         with open(writing / STATE, "w") as file:
@@ -81,26 +84,21 @@ def save_checkpoint(run_dir: str | Path, chunks: list, optimizer, state: dict[st
 
 
 def load_checkpoint(checkpoint: Path, chunks: list, optimizer=None) -> dict[str, Any]:
-    """Load weights, and the optimizer's state if given, whatever layout wrote them.  Returns the JSON part."""
+    """Load weights, and the optimizer's state if given, whatever layout wrote them.  Returns the JSON part.
+
+    CheckpointError when the checkpoint is of another model, or has no state for such an optimizer."""
     state = read_state(checkpoint)
-    try:
-        loaded = dist_checkpointing.load(_sharded_state(chunks, optimizer, is_loading=True), str(checkpoint))
-    except (Exception, CheckpointException) as error:  # torch derives the latter from BaseException
-        raise CheckpointError(f"{checkpoint}: does not fit this model: {error}") from error
-    for i, chunk in enumerate(chunks):
-        chunk.module.load_state_dict(loaded[_key(chunks, i)])
+    with _as_checkpoint_error(f"{checkpoint}: does not fit this model"):
+        dist_checkpoint.load_weights(checkpoint, chunks)
     if optimizer is not None:
-        optimizer.load_state_dict(loaded["optimizer"])
+        with _as_checkpoint_error(f"{checkpoint}: its optimizer state does not fit this run"):
+            dist_checkpoint.load_optimizer(checkpoint, chunks, optimizer)
     return state
 
 
-def _key(chunks: list, i: int) -> str:
-    return "model" if len(chunks) == 1 else f"model{i}"
-
-
-def _sharded_state(chunks: list, optimizer, *, is_loading: bool) -> dict[str, Any]:
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    sharded = {_key(chunks, i): chunk.module.sharded_state_dict(metadata={"dp_cp_group": group}) for i, chunk in enumerate(chunks)}
-    if optimizer is not None:
-        sharded["optimizer"] = optimizer.sharded_state_dict(sharded, is_loading=is_loading)
-    return sharded
+@contextlib.contextmanager
+def _as_checkpoint_error(message: str) -> Iterator[None]:
+    try:
+        yield
+    except (Exception, CheckpointException) as error:  # torch derives the latter from BaseException
+        raise CheckpointError(f"{message}: {error}") from error

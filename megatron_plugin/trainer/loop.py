@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
 
 from megatron_plugin.config import Config, ConfigError, as_config_error, save_config
 from megatron_plugin.data import DataError, RowOrder, eval_steps
-from megatron_plugin.hooks.cpu_platform import cpu_platform
 from megatron_plugin.hooks.forward_step import make_loss_func
 from megatron_plugin.hooks.mcore import check_megatron_core
 from megatron_plugin.losses.binding import bind
@@ -30,6 +24,7 @@ from megatron_plugin.trainer.metrics import RunLog, read_metrics, step_metrics
 from megatron_plugin.trainer.model import build_model, build_optimizer, transformer_config
 from megatron_plugin.trainer.plots import plot_curves
 from megatron_plugin.trainer.step import run_rows
+from megatron_plugin.trainer.world import seed_everything, world
 
 __all__ = ["NonFiniteError", "train"]
 
@@ -59,13 +54,7 @@ def train(config: Config) -> None:
     """Train as configured, under torchrun or alone; everything the run writes is in config.run_dir."""
     check_megatron_core()
     _refuse(config)
-    with _process_group(config), cpu_platform():
-        parallel = config.parallel
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline,
-            virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None, context_parallel_size=parallel.context,
-        )  # fmt: skip
-        _seed(config, 0)
+    with world(config):
         torch.use_deterministic_algorithms(config.deterministic and torch.cuda.is_available())
         run = _start(config)
         log = RunLog(config.run_dir, steps=config.train.steps, resumed_at=run.step, leader=dist.get_rank() == 0)
@@ -89,7 +78,7 @@ def _step(run: Run) -> dict[str, float]:
     start, rows = time.perf_counter(), run.order.next_step()
     if not any(run.data.train.loss_tokens(row) for row in rows):
         raise DataError(f"step {run.step + 1} has no token with a loss in its {len(rows)} rows: {_sources(run, rows)}")
-    _seed(run.config, run.step + 1)
+    seed_everything(run.config, run.step + 1)
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
@@ -116,7 +105,7 @@ def evaluate(run: Run, *, answers: bool = False) -> dict[str, float]:
         chunk.eval()  # no dropout
     for held_out in run.data.evals:
         metrics[f"eval/{held_out.name}_nll"] = _nll(run, held_out)
-        if answers and run.config.parallel.virtual == 1 and run.config.data.eval_answers:
+        if answers and run.config.data.eval_answers:
             conversations = held_out.conversations[: run.config.data.eval_answers]
             share, asked = accuracy(run.config, run.chunks, run.data.tokenizer, conversations, run.data.vocab_size)
             metrics |= {f"eval/{held_out.name}_accuracy": share, f"eval/{held_out.name}_asked": float(asked)} if asked else {}
@@ -177,17 +166,8 @@ def _refuse(config: Config) -> None:
     """What the configuration may say and this trainer cannot do."""
     if config.mu is not None:
         raise ConfigError("the supervised trainer has one source of tokens and no use for a schedule of mu; leave the section out", "mu")
-    if config.parallel.context > 1:
-        raise ConfigError(f"got {config.parallel.context}, expected 1: rows are not yet cut over context-parallel ranks", "parallel.context")
     if config.data.packing and config.transformer.get("window_size") is not None:
         raise ConfigError("a sliding window replaces the mask that keeps packed samples apart; set data.packing=false", "model.window_size")
-
-
-def _seed(config: Config, step: int) -> None:
-    """Random numbers of a step depend on the step alone, so a resumed run draws those of the undisturbed one; stages draw their own."""
-    seed = config.seed + 100 * parallel_state.get_pipeline_model_parallel_rank() + 100_003 * step
-    torch.manual_seed(seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
 def _save(run: Run) -> None:
@@ -209,22 +189,3 @@ def _sum_up(run: Run, log: RunLog) -> None:
 def _sources(run: Run, rows: list[int]) -> str:
     names = [name for row in rows for name in run.data.train.sources(row)]
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-@contextlib.contextmanager
-def _process_group(config: Config) -> Iterator[None]:
-    """The world torchrun made, or a world of one; a caller's own process group is used as it is, and kept."""
-    if dist.is_initialized():
-        try:
-            yield
-        finally:
-            parallel_state.destroy_model_parallel()
-        return
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    alone = {} if "RANK" in os.environ else dict(rank=0, world_size=1, store=dist.HashStore())
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=config.train.timeout_s), **alone)
-    yield
-    parallel_state.destroy_model_parallel()  # not after an error: tearing down NCCL can wait for ranks that will never come
-    dist.destroy_process_group()

@@ -1,7 +1,4 @@
-"""One pass of a step's rows through the pipeline, with or without gradients.
-
-b rows of a micro-batch, s tokens per row, V/tp columns of the vocabulary on this rank.
-"""
+"""One pass of a step's rows through the pipeline, with or without gradients."""
 
 from __future__ import annotations
 
@@ -9,13 +6,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_plugin.config import Config
 from megatron_plugin.data import PackedRows, attention_mask, shard
 from megatron_plugin.hooks.forward_step import token_means
+from megatron_plugin.hooks.mcore import Groups, broadcast_from_last_stage, forward_backward, groups
+from megatron_plugin.parallel.context import context_slice
 from megatron_plugin.trainer.model import device
 
 __all__ = ["run_rows"]
@@ -28,29 +24,20 @@ def run_rows(
 
     Returns the token means of `names` and num_tokens, the same on every rank.
     """
-    mine = shard(
-        list(rows),
-        dp_rank=parallel_state.get_data_parallel_rank(),
-        dp_size=parallel_state.get_data_parallel_world_size(),
-        micro_batch=config.train.micro_batch,
-    )
-    with torch.set_grad_enabled(train):
-        reports = get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, config, data, loss_func),
-            data_iterator=[iter(mine) for _ in chunks],
-            model=chunks,
-            num_microbatches=len(mine),
-            seq_length=config.data.seq_length,
-            micro_batch_size=config.train.micro_batch,
-            forward_only=not train,
-        )
-    return _on_every_rank(token_means(reports, group=parallel_state.get_data_parallel_group(with_context_parallel=True)), names)
+    ours = groups()
+    mine = shard(list(rows), dp_rank=ours.dp.rank(), dp_size=ours.dp.size(), micro_batch=config.train.micro_batch)
+    forward_step = partial(_forward_step, config, data, loss_func, ours)
+    reports = forward_backward(forward_step, mine, chunks, shape=(config.train.micro_batch, config.data.seq_length), train=train)
+    return _on_every_rank(token_means(reports, group=ours.dp_cp), names)
 
 
-def _forward_step(config: Config, data: PackedRows, loss_func: Callable, rows_of_micro_batches, model):
-    """megatron-core's forward_step_func: the model's output and the loss_func that waits for it on the last stage."""
+def _forward_step(config: Config, data: PackedRows, loss_func: Callable, ours: Groups, rows_of_micro_batches, model):
+    """megatron-core's forward_step_func: the model's output and the loss_func that waits for it on the last stage.
+
+    Under context parallelism every rank makes the whole rows and keeps its slice of them; of the mask, that of the queries."""
     batch = data.batch(next(rows_of_micro_batches)).map(lambda x: x.to(device(), non_blocking=True))
     mask = attention_mask(batch.segment_ids) if config.data.packing else None  # without packing, causal alone: padding comes last
+    batch, mask = batch.map(lambda x: context_slice(x, 1, ours.cp)), None if mask is None else context_slice(mask, 2, ours.cp)
     logits = model(batch.tokens, batch.position_ids, mask)
     return logits, partial(loss_func, labels=batch.labels, loss_mask=batch.loss_weight)
 
@@ -59,7 +46,4 @@ def _on_every_rank(means: dict[str, float], names: Sequence[str]) -> dict[str, f
     """The last pipeline stage has the means; the other stages are told."""
     keys = [*names, "num_tokens"]
     values = torch.tensor([means.get(key, 0.0) for key in keys], dtype=torch.float64, device=device())
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        group = parallel_state.get_pipeline_model_parallel_group()
-        dist.broadcast(values, src=parallel_state.get_pipeline_model_parallel_last_rank(), group=group)
-    return dict(zip(keys, values.tolist(), strict=True))
+    return dict(zip(keys, broadcast_from_last_stage(values).tolist(), strict=True))

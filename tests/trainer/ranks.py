@@ -57,3 +57,39 @@ def _megatron_cross_entropy(logits, *, labels, loss_mask):
     total = (losses * loss_mask * live).sum()
     count = (live & (loss_mask != 0)).sum(dtype=torch.int32)
     return total, count, {"lm loss": torch.stack([total.detach(), count.float()])}
+
+
+def save_and_load(group, *, overrides: dict, optimizer: bool, sharding: str | None = None) -> str | None:
+    """Save a fresh model, with its optimizer in the format `sharding` (None: ours) or without, and load it with one: the error's text."""
+    from megatron_plugin.hooks import dist_checkpoint
+    from megatron_plugin.trainer import checkpoint, model
+    from megatron_plugin.trainer.world import world
+
+    config = _config(overrides, group.size())
+    with contextlib.redirect_stdout(io.StringIO()), world(config):
+        transformer = model.transformer_config(config)
+        chunks = model.build_model(config, transformer, 320)
+        adam, _ = model.build_optimizer(config, transformer, chunks)
+        ours, dist_checkpoint.FORMAT = dist_checkpoint.FORMAT, sharding or dist_checkpoint.FORMAT
+        try:
+            path = checkpoint.save_checkpoint(config.run_dir, chunks, adam if optimizer else None, {"step": 0}, keep=0)
+        finally:
+            dist_checkpoint.FORMAT = ours
+        try:
+            checkpoint.load_checkpoint(path, chunks, adam)
+        except checkpoint.CheckpointError as error:
+            return str(error)
+
+
+def greedy_answers(group, *, overrides: dict, limit: int) -> list[str]:
+    """What the model continues three held-out prompts with."""
+    from megatron_plugin.data import ConversationEncoder
+    from megatron_plugin.trainer import answers, loop
+    from megatron_plugin.trainer.world import world
+
+    config = _config(overrides, group.size())
+    with contextlib.redirect_stdout(io.StringIO()), world(config):
+        run = loop._start(config)
+        encoder = ConversationEncoder(run.data.tokenizer)
+        prompts = [encoder.prompt(c) for c in run.data.evals[0].conversations[:3]]
+        return answers._continue(config, run.chunks, run.data.tokenizer, prompts, limit, run.data.vocab_size)

@@ -11,7 +11,8 @@ from tests.spawn import on_ranks
 
 RANKS = "tests.trainer.ranks"
 STEPS = 20
-SMALL = {"train.eval_interval": 0, "train.global_batch": 4, "train.micro_batch": 1, "checkpoint.interval": 0, "loss.name": "dft", "data.bpe_vocab_size": 320, "train.lr": 1.0e-3}
+SMALL = {"train.eval_interval": 0, "train.global_batch": 4, "train.micro_batch": 1, "checkpoint.interval": 0, "loss.name": "dft", "data.bpe_vocab_size": 320, "train.lr": 1.0e-3,
+         "model.num_layers": 4}  # fmt: skip
 # what one rank trains on its own, in other ways
 LAYOUTS = {
     "TP2": (2, {"parallel.tensor": 2}),
@@ -19,6 +20,12 @@ LAYOUTS = {
     "PP2": (2, {"parallel.pipeline": 2}),
     "DP2": (2, {}),
     "micro-batches of 2": (1, {"train.micro_batch": 2}),
+    "CP2": (2, {"parallel.context": 2}),
+    "TP2xCP2+SP": (4, {"parallel.tensor": 2, "parallel.context": 2, "parallel.sequence": "true"}),
+    "PP2xCP2": (4, {"parallel.pipeline": 2, "parallel.context": 2}),
+    "PP2xVPP2": (2, {"parallel.pipeline": 2, "parallel.virtual": 2}),
+    "DP2, distributed optimizer": (2, {"parallel.distributed_optimizer": "true"}),
+    "DP2xCP2, distributed optimizer": (4, {"parallel.context": 2, "parallel.distributed_optimizer": "true"}),
     "TP2xPP2+SP": (4, {"parallel.tensor": 2, "parallel.pipeline": 2, "parallel.sequence": "true"}),
 }
 
@@ -51,6 +58,17 @@ def test_loss_and_gradient_norm_are_those_of_one_rank(layout, warm, one_rank, pr
         assert ours["train/num_tokens"] == reference["train/num_tokens"]
     assert lines[-1]["eval/heldout_nll"] == pytest.approx(one_rank[-1]["eval/heldout_nll"], abs=1e-5)
     assert lines[-1]["eval/heldout_accuracy"] == one_rank[-1]["eval/heldout_accuracy"]
+
+
+@pytest.mark.parametrize("layout", ["TP2xCP2+SP", "PP2xVPP2", "PP2xCP2"])
+def test_greedy_answers_are_those_of_one_rank(layout, warm, problems, tmp_path):
+    """Three prompts: the interleaved schedule takes two at a time.  The accuracies above are too low to show a wrong token."""
+    size, overrides = LAYOUTS[layout]
+    common = SMALL | problems | {"checkpoint.init": warm}
+    one = on_ranks(1, RANKS, "greedy_answers", overrides=common | {"run_dir": tmp_path / "one"}, limit=12)[0]
+    assert len(one) == 3 and all(len(text) > 3 for text in one)
+    for ours in on_ranks(size, RANKS, "greedy_answers", overrides=common | overrides | {"run_dir": tmp_path / "run"}, limit=12):
+        assert ours == one
 
 
 @pytest.mark.parametrize("size, overrides", [(1, {"model.hidden_dropout": 0.1}), (2, {"parallel.tensor": 2})], ids=["TP1, dropout", "TP2"])

@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 PY := .venv/bin/python
 export OMP_NUM_THREADS := 1
 
-.PHONY: test test-mutants lint demo setup clean
+.PHONY: test test-mutants test-versions lint demo setup clean
 setup: .venv/ok
 .venv/ok: requirements/py311-cpu.txt pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv .venv
@@ -12,13 +12,16 @@ setup: .venv/ok
 	touch $@
 
 test: setup lint
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(PY) -m ruff check .
 
 test-mutants: setup
 	$(PY) tests/mutants.py
+
+test-versions: setup
+	$(PY) tests/versions/run.py
 
 demo: setup
 	$(PY) examples/demo.py

@@ -30,9 +30,10 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_plugin import TokenInputs, bind
 from megatron_plugin.hooks.cpu_platform import cpu_platform
-from megatron_plugin.hooks.forward_step import make_loss_func, token_means
+from megatron_plugin.hooks.forward_step import make_loss_func
 from megatron_plugin.hooks.local_spec import block_spec
 from megatron_plugin.hooks.mcore import adam, data_parallel_size, forward_backward
+from megatron_plugin.hooks.report import token_means
 
 HEADS, END, VOCABULARY, PADDED = 4, 256, 257, 384  # 256 bytes and end-of-text, padded for the usual TP sizes; the loss masks the padding
 OPTIONS = {

@@ -76,12 +76,16 @@ def _parser() -> Parser:
     _add_config(train)
     train.set_defaults(run=_train)
 
+    _add_conversions(commands)
     config = commands.add_parser("config", help="look at a configuration", description="Look at a configuration.")
     actions = config.add_subparsers(title="actions", metavar="ACTION", required=True, parser_class=Parser)
     text = "Print the whole configuration as YAML, with the origin of what is not a default.  WORLD_SIZE=N checks it for N ranks."
     show = actions.add_parser("show", help="the resolved configuration, with where each value comes from", description=text)
     _add_config(show)
     show.set_defaults(run=_show)
+
+    text = "Say what is installed, what of it is used and what is broken; exit code 2 if something is."
+    commands.add_parser("doctor", help="what is installed, used and broken here", description=text).set_defaults(run=_doctor)
     return parser
 
 
@@ -90,18 +94,65 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="dotted keys that replace values of the file: train.steps=20")
 
 
+def _add_conversions(commands) -> None:
+    layout = "parallel.tensor=2, parallel.pipeline=2, ...: the layout of this job, under torchrun; the result fits any other"
+    text = "Make a run directory from a Hugging Face model (Llama, Qwen2, Qwen3; safetensors): checkpoint.init=RUN_DIR starts from it."
+    take = commands.add_parser("import", help="a Hugging Face model becomes a run directory to train from", description=text)
+    take.add_argument("source", metavar="HF_DIR", help="config.json, *.safetensors and a tokenizer")
+    take.add_argument("target", metavar="RUN_DIR", help="is made")
+    take.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=layout + "; train.dtype=fp32|bf16: of the checkpoint")
+    take.set_defaults(run=_import)
+
+    text = "Write a run's newest checkpoint, or the one given, as a Hugging Face directory that transformers and vLLM load."
+    give = commands.add_parser("export", help="a checkpoint becomes a Hugging Face model", description=text)
+    give.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="a run directory, or one of its checkpoints/step_*")
+    give.add_argument("target", metavar="HF_DIR", help="is made")
+    give.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=layout)
+    give.add_argument("--like", metavar="HF_DIR", help="whose config.json to write; default: that of the model imported at first, if there was one")
+    give.add_argument("--dtype", choices=("fp32", "bf16"), help="of the tensors; default: the run's")
+    give.set_defaults(run=_export)
+
+
 def _train(arguments: argparse.Namespace) -> None:
     from megatron_plugin.config import load_config
     from megatron_plugin.config.checks import check_files
 
     config = load_config(arguments.config, arguments.overrides, world_size=_int_variable("WORLD_SIZE", 1))
     check_files(config)
-    # Without Transformer Engine and apex, megatron-core says so in a dozen warnings per rank, on every start
-    warnings.filterwarnings("ignore", module=r"megatron\.core")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    _before_megatron()
     from megatron_plugin.trainer.loop import train
 
     train(config)
+
+
+def _before_megatron() -> None:
+    """Looks for packages that make importing megatron.core impossible, and quiets it: without Transformer Engine and apex it says so in a
+    dozen warnings per rank, on every start."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    from megatron_plugin.hooks.accelerators import check_accelerators
+
+    for line in check_accelerators():
+        if os.environ.get("RANK", "0") == "0":
+            print(f"megatron-plugin: {line}", file=sys.stderr)
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from megatron_plugin.hooks.weights.hf_config import read_hf_config, transformer_fields
+
+    transformer_fields(read_hf_config(arguments.source))  # refused here, before torch is imported
+    _before_megatron()
+    from megatron_plugin.trainer.convert import import_model
+
+    import_model(arguments.source, arguments.target, arguments.overrides, world_size=_int_variable("WORLD_SIZE", 1))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    _before_megatron()
+    from megatron_plugin.trainer.convert import export_model
+
+    world_size = _int_variable("WORLD_SIZE", 1)
+    export_model(arguments.source, arguments.target, arguments.overrides, like=arguments.like, dtype=arguments.dtype, world_size=world_size)
 
 
 def _show(arguments: argparse.Namespace) -> None:
@@ -109,6 +160,12 @@ def _show(arguments: argparse.Namespace) -> None:
 
     ranks = _int_variable("WORLD_SIZE", 0)
     print(to_yaml(load_config(arguments.config, arguments.overrides, world_size=ranks or None)), end="")
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from megatron_plugin.doctor import report
+
+    report()
 
 
 def _int_variable(name: str, default: int) -> int:

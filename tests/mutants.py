@@ -168,6 +168,15 @@ MUTANTS = [
     Mutant("a checkpoint's optimizer state is not loaded", 'megatron_plugin/hooks/dist_checkpoint.py', '    _load(optimizer, state)', '    pass', 'tests/trainer/test_checkpoint.py -k TP2xPP2'),
     Mutant('all parameters share one step tensor', 'megatron_plugin/hooks/dist_checkpoint.py', 'torch.tensor(0.0)).clone()', 'torch.tensor(0.0))', 'tests/trainer/test_checkpoint.py -k TP1'),
     Mutant("Adam's step count is lost on the way to a plain optimizer", 'megatron_plugin/hooks/dist_checkpoint.py', 'torch.tensor(float(saved["optimizer"]["param_groups"][0]["step"]))', 'torch.tensor(1.0)', 'tests/trainer/test_checkpoint.py -k DP2xCP2'),
+    Mutant('only ImportError is expected of Transformer Engine', 'megatron_plugin/hooks/accelerators.py', 'except Exception as error:  # RuntimeError of the empty', 'except ImportError as error:  # RuntimeError of the empty', 'tests/hooks/test_accelerators.py -k impossible'),
+    Mutant("any apex passes for NVIDIA's", 'megatron_plugin/hooks/accelerators.py', 'if not any((folder / "multi_tensor_apply").is_dir() for folder in folders):', 'if not folders:', 'tests/hooks/test_accelerators.py -k not_the_one'),
+    Mutant('a drop-in attaches at every forward', 'megatron_plugin/hooks/dropins/schedule.py', 'if model not in handles:', 'if True:', 'tests/hooks/test_dropins.py -k our_loss'),
+    Mutant("the script's loss_func is kept in one pass", 'megatron_plugin/hooks/dropins/schedule.py', 'handle.loss_func if handle.one_pass else functools', 'functools', 'tests/hooks/test_dropins.py -k our_loss'),
+    Mutant('a plugin file is not checked when the arguments are', 'megatron_plugin/hooks/dropins/megatron_lm.py', '        options_of(path)\n    except', '        pass\n    except', 'tests/hooks/test_dropins.py -k mistakes'),
+    Mutant("TRL's labels are not shifted", 'megatron_plugin/hooks/dropins/trl.py', '[:, 1:]', '[:, :-1]', 'tests/hooks/test_dropins_trl.py'),
+    Mutant("TRL's loss is divided by the micro-batch", 'megatron_plugin/hooks/dropins/trl.py', 'if num_items_in_batch is None else', 'if True else', 'tests/hooks/test_dropins_trl.py'),
+    Mutant('doctor compares versions as text', 'megatron_plugin/doctor.py', '_minor(found) < OLDEST_TORCH', "found < '2.6'", 'tests/test_doctor.py'),
+    Mutant('doctor is content with what is broken', 'megatron_plugin/doctor.py', 'if broken:', 'if not broken:', 'tests/test_doctor.py -k exits'),
 ]
 
 

@@ -18,7 +18,7 @@ from megatron_plugin.config.errors import ConfigError
 from megatron_plugin.config.keys import check_keys, key_types
 from megatron_plugin.config.schema import Config
 
-__all__ = ["load_config", "save_config", "to_yaml"]
+__all__ = ["describe", "load_config", "read_file", "save_config", "to_yaml"]
 
 COMMAND_LINE = "command line"
 
@@ -40,7 +40,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
 
     `world_size`: ranks of the job, for the checks that need it; None: they are left out.  ConfigError names the key, its origin
     (file:line or command line), what was got and expected."""
-    layers = [_read_file(Path(path)), *map(_read_override, overrides)]
+    layers = [read_file(Path(path)), *map(_read_override, overrides)]
     sources: dict[str, str] = {}
     for layer in layers:
         check_keys(layer.values, layer.where)
@@ -93,7 +93,8 @@ def _entry(key: str, value: Any, indent: int, source: str | None) -> list[str]:
     return lines
 
 
-def _read_file(path: Path) -> Layer:
+def read_file(path: Path) -> Layer:
+    """The values of a YAML file, with the line of each key.  ConfigError when there is none, or it is no YAML."""
     try:
         text = path.read_text("utf-8")
         loaded = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
@@ -158,7 +159,7 @@ def _normalise(layer: Layer) -> None:
                 value[key] = [inner] if inner else []
             elif get_origin(kind) is list and any(isinstance(part, (dict, list)) for part in (inner if isinstance(inner, list) else [inner])):
                 # OmegaConf would raise a bare TypeError, or take it
-                raise ConfigError(f"got {inner!r}, expected {_describe(kind)}", f"{name}.{key}", layer.where(f"{name}.{key}"))
+                raise ConfigError(f"got {inner!r}, expected {describe(kind)}", f"{name}.{key}", layer.where(f"{name}.{key}"))
             elif kind is str and inner is None:  # "data.tokenizer=" on the command line
                 value[key] = ""
     if values.get("run_dir", "") is None:
@@ -174,11 +175,12 @@ def _typed(merged: DictConfig, sources: dict[str, str]) -> Config:
         reason = str(error).split("\n")[0]
         if key in key_types() and not isinstance(error, InterpolationResolutionError):
             got = OmegaConf.select(merged, key)
-            reason = f"got {got!r}, expected {_describe(key_types()[key])}"
+            reason = f"got {got!r}, expected {describe(key_types()[key])}"
         raise ConfigError(reason, key or None, sources.get(key)) from error
 
 
-def _describe(kind: Any) -> str:
+def describe(kind: Any) -> str:
+    """A type, in the words of an error message."""
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
     if get_origin(kind) is list:

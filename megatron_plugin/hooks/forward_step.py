@@ -1,4 +1,4 @@
-"""Our losses as megatron-core's `loss_func`, and the means of what it reports.
+"""Our losses as megatron-core's `loss_func`, for a model that gives logits (hooks/attach.py: from hidden states, without them).
 
     loss_func = make_loss_func("dft", config, vocab_size=151936)
 
@@ -23,12 +23,12 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch import distributed as dist
 
-from megatron_plugin.hooks.report import check_normalised_per_step, check_will_be_divided, loss_scale, report, token_means
+from megatron_plugin.hooks.report import check_normalised_per_step, check_will_be_divided, loss_scale, report
 from megatron_plugin.losses.binding import bind
 from megatron_plugin.losses.contract import TokenInputs, TokenLoss
 from megatron_plugin.ops import token_loss
 
-__all__ = ["make_loss_func", "masked_inputs", "token_means"]
+__all__ = ["make_loss_func", "masked_inputs"]
 
 LossFunc = Callable[..., tuple[Tensor, Tensor, dict[str, Tensor]]]
 

@@ -16,9 +16,10 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from megatron_plugin.hooks.accelerators import transformer_engine_usable
 from megatron_plugin.hooks.local_attention import ContextParallelAttention
 
-__all__ = ["LayerNorm", "RMSNorm", "block_spec", "local_block_spec", "transformer_engine_usable"]
+__all__ = ["LayerNorm", "RMSNorm", "block_spec", "local_block_spec"]
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -77,14 +78,3 @@ def _with_ours(layer: ModuleSpec, norm: type, config: TransformerConfig) -> Modu
     attention = replace(attention, submodules=replace(attention.submodules, **ours))
     submodules = replace(layer.submodules, input_layernorm=norm, pre_mlp_layernorm=norm, self_attention=attention)
     return replace(layer, submodules=submodules)
-
-
-def transformer_engine_usable() -> bool:
-    """True when Transformer Engine imports and there is a GPU for it (it has no CPU path)."""
-    if not torch.cuda.is_available():
-        return False
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except Exception:  # the empty PyPI meta package raises RuntimeError, a build for another torch raises OSError
-        return False
-    return True

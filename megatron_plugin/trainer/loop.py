@@ -13,10 +13,13 @@ import torch.distributed as dist
 
 from megatron_plugin.config import Config, ConfigError, as_config_error, save_config
 from megatron_plugin.data import DataError, RowOrder, eval_steps
-from megatron_plugin.hooks.forward_step import make_loss_func
+from megatron_plugin.hooks.accelerators import start_up_line
+from megatron_plugin.hooks.attach import Handle, attach
 from megatron_plugin.hooks.mcore import check_megatron_core
+from megatron_plugin.hooks.self_test import check_normalisation
 from megatron_plugin.losses.binding import bind
 from megatron_plugin.losses.probe import metric_names
+from megatron_plugin.ops import Head
 from megatron_plugin.trainer import checkpoint as checkpoints
 from megatron_plugin.trainer.answers import accuracy
 from megatron_plugin.trainer.datasets import Datasets, EvalSet, prepare_datasets
@@ -45,7 +48,7 @@ class Run:
     optimizer: Any
     scheduler: Any
     order: RowOrder
-    loss_func: Any
+    handle: Handle
     names: list[str]
     step: int = 0
 
@@ -58,6 +61,7 @@ def train(config: Config) -> None:
         torch.use_deterministic_algorithms(config.deterministic and torch.cuda.is_available())
         run = _start(config)
         log = RunLog(config.run_dir, steps=config.train.steps, resumed_at=run.step, leader=dist.get_rank() == 0)
+        log.say(start_up_line(packed=config.data.packing))
         log.say(f"{config.loss_name} on {len(run.data.train)} rows: {run.data.train.report}; vocabulary {run.data.vocab_size}")
         for held_out in run.data.evals:
             log.say(f"held out, {held_out.name}: {held_out.rows.report}")
@@ -82,7 +86,7 @@ def _step(run: Run) -> dict[str, float]:
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
-    means = run_rows(run.config, run.chunks, run.loss_func, run.data.train, rows, run.names, train=True)
+    means = run_rows(run.config, run.chunks, run.handle, run.data.train, rows, run.names, train=True)
     if not math.isfinite(means["lm loss"]):
         raise NonFiniteError(f"step {run.step + 1}: the loss is {means['lm loss']}, no weight was changed; the step's samples: {_sources(run, rows)}")
     run.optimizer.prepare_grads()
@@ -117,7 +121,7 @@ def evaluate(run: Run, *, answers: bool = False) -> dict[str, float]:
 def _nll(run: Run, held_out: EvalSet) -> float:
     total = tokens = 0.0
     for rows in eval_steps(len(held_out.rows), run.config.train.global_batch):
-        means = run_rows(run.config, run.chunks, run.loss_func, held_out.rows, rows, run.names, train=False)
+        means = run_rows(run.config, run.chunks, run.handle, held_out.rows, rows, run.names, train=False)
         if means["num_tokens"]:
             total, tokens = total + means["nll"] * means["num_tokens"], tokens + means["num_tokens"]
     return total / tokens
@@ -144,9 +148,10 @@ def _start(config: Config) -> Run:
         transformer = transformer_config(config)
         chunks = build_model(config, transformer, data.vocab_size)
     optimizer, scheduler = build_optimizer(config, transformer, chunks)
-    loss_func = make_loss_func(loss, transformer, vocab_size=data.vocab_size, overwrite_logits=True)
+    check_normalisation(transformer, chunks[0].ddp_config)
+    handle = attach(chunks, loss, head=Head(vocab_size=data.vocab_size), one_pass=True)
     order = RowOrder(len(data.train), config.train.global_batch, config.seed, fingerprint=data.train.fingerprint())
-    run = Run(config, data, chunks, optimizer, scheduler, order, loss_func, names)
+    run = Run(config, data, chunks, optimizer, scheduler, order, handle, names)
     if source is not None:
         state = checkpoints.load_checkpoint(source, chunks, optimizer)
         order.load_state_dict(state["data"])

@@ -11,9 +11,10 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_plugin.data import attention_mask
 from megatron_plugin.hooks.cpu_platform import cpu_platform
-from megatron_plugin.hooks.forward_step import make_loss_func, token_means
+from megatron_plugin.hooks.forward_step import make_loss_func
 from megatron_plugin.hooks.local_spec import local_block_spec
 from megatron_plugin.hooks.mcore import forward_backward
+from megatron_plugin.hooks.report import token_means
 from megatron_plugin.parallel.context import context_slice
 
 VOCABULARY, PADDED, SEQUENCE = 37, 48, 32

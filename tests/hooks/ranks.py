@@ -15,9 +15,10 @@ from megatron.core.transformer import TransformerConfig  # noqa: E402
 
 from megatron_plugin import LOSSES, TokenInputs  # noqa: E402
 from megatron_plugin.hooks.cpu_platform import cpu_platform  # noqa: E402
-from megatron_plugin.hooks.forward_step import make_loss_func, token_means  # noqa: E402
+from megatron_plugin.hooks.forward_step import make_loss_func  # noqa: E402
 from megatron_plugin.hooks.local_spec import local_block_spec  # noqa: E402
 from megatron_plugin.hooks.mcore import adam, forward_backward  # noqa: E402
+from megatron_plugin.hooks.report import token_means  # noqa: E402
 
 VOCABULARY, PADDED, SEQUENCE = 37, 48, 8
 

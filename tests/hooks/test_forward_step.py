@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_plugin import LOSSES, TokenInputs
-from megatron_plugin.hooks.forward_step import token_means
+from megatron_plugin.hooks.report import token_means
 from tests.hooks.ranks import PADDED, SEQUENCE, VOCABULARY
 from tests.spawn import on_ranks
 

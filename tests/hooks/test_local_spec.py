@@ -1,11 +1,10 @@
 """Our norms in megatron-core's local layers: in every slot, tagged, and right under sequence parallelism."""
 
-import sys
 
 import pytest
 import torch
 
-from megatron_plugin.hooks.local_spec import LayerNorm, RMSNorm, local_block_spec, transformer_engine_usable
+from megatron_plugin.hooks.local_spec import LayerNorm, RMSNorm, local_block_spec
 from tests.hooks.ranks import config_of
 from tests.spawn import on_ranks
 
@@ -68,19 +67,3 @@ def test_what_the_local_layers_cannot_do(field, value):
     config.normalization = "L2Norm"
     with pytest.raises(ValueError, match="got normalization='L2Norm', expected one of RMSNorm, LayerNorm"):
         local_block_spec(config)
-
-
-def test_transformer_engine_is_used_only_where_it_imports(monkeypatch, tmp_path):
-    for name in [name for name in sys.modules if name.split(".")[0] == "transformer_engine"]:
-        monkeypatch.delitem(sys.modules, name)
-    package = tmp_path / "transformer_engine"
-    (package / "pytorch").mkdir(parents=True)
-    (package / "__init__.py").touch()
-    (package / "pytorch" / "__init__.py").write_text("raise RuntimeError('Found empty transformer-engine meta package installed')")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert transformer_engine_usable() is False, "what the empty PyPI package raises is no ImportError"
-    (package / "pytorch" / "__init__.py").write_text("# imports\n")
-    assert transformer_engine_usable() is True
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert transformer_engine_usable() is False, "it has no CPU path"

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from functools import partial
 
 import torch
 
@@ -39,13 +40,30 @@ def one_gradient(group, *, overrides: dict, loss: str) -> tuple[float, dict[str,
         torch.manual_seed(config.seed)
         tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
         run = loop._start(config)
-        names = run.names
+        rows = run.order.next_step()
         if loss == "megatron":
-            run.loss_func, names = _megatron_cross_entropy, ["lm loss"]
-        means = run_rows(config, run.chunks, run.loss_func, run.data.train, run.order.next_step(), names, train=True)
+            means = _megatron_step(config, run, rows)
+        else:
+            means = run_rows(config, run.chunks, run.handle, run.data.train, rows, run.names, train=True)
         gradients = {n: p.main_grad.clone() for chunk in run.chunks for n, p in chunk.module.named_parameters()}
         parallel_state.destroy_model_parallel()
     return means["lm loss"], gradients
+
+
+def _megatron_step(config, run, rows) -> dict[str, float]:
+    """run_rows with megatron-core's own loss, on the logits that the model gives without labels."""
+    from megatron_plugin.data import attention_mask
+    from megatron_plugin.hooks.mcore import forward_backward
+    from megatron_plugin.hooks.report import token_means
+
+    def forward_step(remaining, model):
+        batch = run.data.train.batch(next(remaining))
+        logits = model(batch.tokens, batch.position_ids, attention_mask(batch.segment_ids))
+        return logits, partial(_megatron_cross_entropy, labels=batch.labels, loss_mask=batch.loss_weight)
+
+    size = config.train.micro_batch
+    micro_batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+    return token_means(forward_backward(forward_step, micro_batches, run.chunks, shape=(size, config.data.seq_length), train=True))
 
 
 def _megatron_cross_entropy(logits, *, labels, loss_mask):

@@ -1,0 +1,90 @@
+"""`megatron-plugin doctor`: true about this environment, and clear about a broken one.  Broken accelerators: tests/hooks/test_accelerators.py."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_plugin import cli, doctor
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def findings():
+    return {finding.what: finding for finding in doctor.examine()}
+
+
+def test_what_is_here(findings):
+    from importlib.metadata import version
+
+    assert not [finding for finding in findings.values() if finding.state == "BROKEN"]
+    assert version("torch") in findings["torch"].text and findings["megatron-core"].text == version("megatron-core")
+    assert findings["triton"].text == version("triton")
+    assert findings["transformers"] == ("ok", "transformers", version("transformers"))
+    assert "layers: " in findings["megatron-core uses"].text and "Adam of " in findings["megatron-core uses"].text
+    if not torch.cuda.is_available():
+        assert findings["GPU"] == ("note", "GPU", "none: CPU and gloo")
+        assert "on CPU tensors: cpp" in findings["kernels"].text or "on CPU tensors: eager" in findings["kernels"].text
+    assert {"Transformer Engine", "apex", "C++ compiler", "vllm", "megatron.bridge"} <= set(findings)
+
+
+def test_the_command_exits_0(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^ok +torch +2\.", out, re.M) and re.search(r"^(ok|note) +vllm ", out, re.M)
+
+
+def _of(generator, what):
+    return next(finding for finding in generator if finding.what == what)
+
+
+def test_the_command_exits_2_and_names_what_is_broken(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    there = doctor._there
+    monkeypatch.setattr(doctor, "_there", lambda module: module != "psutil" and there(module))
+    assert cli.main(["doctor"]) == 2
+    said = capsys.readouterr()
+    assert re.search(r"^BROKEN +psutil +not installed: megatron-core's checkpoint writer hangs for ever .*: pip install psutil$", said.out, re.M)
+    assert said.err == "megatron-plugin: error: broken here: psutil; the lines above say what to do\n"
+
+
+def test_an_old_torch(monkeypatch):
+    monkeypatch.setattr(doctor, "_version", {"torch": "2.5.1", "triton": "3.1"}.get)
+    assert _of(doctor._torch(), "torch").state == "BROKEN" and "expected 2.6 or newer" in _of(doctor._torch(), "torch").text
+    monkeypatch.setattr(doctor, "_version", {"torch": "2.10.0+cu130", "triton": "3.1"}.get)
+    assert _of(doctor._torch(), "torch").state == "ok", "2.10 is newer than 2.6"
+
+
+def test_other_versions_of_megatron_core(monkeypatch):
+    from megatron_plugin.hooks import accelerators, mcore
+
+    for number, state in {"0.13.1": "note", "0.14.0": "ok", "0.19.2+abc": "ok", "0.20.0": "note", "1.0": "note"}.items():
+        monkeypatch.setattr(accelerators, "megatron_core_version", lambda number=number: number)
+        found = _of(doctor._megatron_core(True), "megatron-core")
+        assert found.state == state and found.text.startswith(number), number
+        assert ("expected 0.14 to 0.19" in found.text) == (state == "note")
+
+    def lacks():
+        raise ImportError("it lacks megatron.core.distributed.finalize_model_grads(num_tokens=...)")
+
+    monkeypatch.setattr(mcore, "check_megatron_core", lacks)
+    found = _of(doctor._megatron_core(True), "megatron-core")
+    assert found.state == "BROKEN" and "it lacks megatron.core.distributed" in found.text
+    monkeypatch.setattr(doctor, "_there", lambda module: module != "megatron.core")
+    assert _of(doctor._megatron_core(True), "megatron-core").state == "note", "the ops need no megatron-core"
+
+
+def test_without_a_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert _of(doctor._backends(), "C++ compiler") == (
+        "note", "C++ compiler", "'no-such-compiler' not found: install one, or name it in CXX; without it CPU tensors go slower"
+    )  # fmt: skip
+
+
+def test_the_versions_are_those_of_the_project():
+    first, last = (".".join(map(str, bound)) for bound in doctor.SUPPORTED)
+    assert f"megatron-core>={first},<0.{doctor.SUPPORTED[1][1] + 1}" in (ROOT / "pyproject.toml").read_text()
+    assert f"megatron-core {first} to {last} is supported" in (ROOT / "megatron_plugin/hooks/VERSIONS.md").read_text()

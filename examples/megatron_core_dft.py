@@ -4,7 +4,6 @@
 
 What makes it ours is marked (1) to (4); the rest is any megatron-core script.  NCCL with GPUs, gloo and CPU tensors without; DP is what
 --tp and --pp leave.  Losses are the same at every TP and DP (pipeline stages draw weights of their own).  Without --data: small sums.
-
 DFT needs a model that already predicts: from random weights each token weighs 1/257, the most frequent byte wins, and only spaces are
 written (GSM8K, lr 2e-3: held-out NLL 5.6 -> 11.0).  So --warm-steps of SFT come first, for want of a checkpoint (NLL 5.62 -> 2.12).  DFT
 then sharpens: in 200 steps the right byte's probability rises, .25 -> .32, and so does NLL, 2.12 -> 2.48.  Read both; neither is the loss.

@@ -68,6 +68,10 @@ class MainGrad:
         weight.grad_added_to_main_grad = True
         return torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device, layout=torch.sparse_coo)
 
+    def reset(self) -> None:
+        """Close the books unread: for a step that was given up half-way, with main_grad zeroed."""
+        self._pending, self._strangers, self._seen, self._expected = 0, None, None, None
+
     def finalize(self) -> None:
         """Check a step's books and close them; waits for the device once.  Call after the last backward, before the optimiser's step.
 
@@ -75,11 +79,12 @@ class MainGrad:
         then holds a wrong gradient and the step must not be taken.
         """
         pending, strangers, seen, expected = self._pending, self._strangers, self._seen, self._expected
-        self._pending, self._strangers, self._seen, self._expected = 0, None, None, None
+        self.reset()
         if pending:
             raise RuntimeError(
                 f"the head ran {pending} forward(s) without a backward, so main_grad holds gradients twice or of a loss nobody used: activation "
-                "recompute of the head, or a loss that was dropped; use linear_token_stats (two-pass), or leave plan.main_grad out"
+                "recompute of the head, or a loss that was dropped; use linear_token_stats (two-pass), or leave plan.main_grad out.  If the forward belonged to "
+                "an earlier step that was given up and its gradients zeroed, call reset() there (attach: handle.forget_step())"
             )
         if strangers is not None and (count := int(strangers)):
             raise RuntimeError(

@@ -66,7 +66,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="megatron-plugin",
         description="Fine-tune with weighted on-policy-SFT losses on megatron-core.",
-        epilog="exit codes: 0 done, 2 configuration, 3 no usable checkpoint, 4 data, 1 anything else",
+        epilog="exit codes: 0 done, 2 configuration, 3 no usable checkpoint, 4 data, 17 loss or gradient not a number, 1 anything else",
     )
     parser.add_argument("--version", action="version", version=f"megatron-plugin {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)

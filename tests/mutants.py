@@ -38,6 +38,7 @@ LINEAR, TRAINING, SPLIT = "tests/kernels/test_linear_token_loss.py", "tests/kern
 DDP, CPU = "tests/hooks/test_main_grad.py", "tests/kernels/test_cpu_kernels.py"
 GRAD_SCALE, PADDING, PROBE = "tests/kernels/test_grad_scale.py", "tests/kernels/test_padding.py", "tests/losses/test_probe.py"
 W, WEIGHTS = "megatron_plugin/hooks/weights/", "tests/hooks/test_weights"
+STEPS = "tests/hooks/test_attach_steps.py"
 ATTACH, SELF, MOE = "tests/hooks/test_attach.py", "tests/hooks/test_self_test.py", "tests/parallel/test_moe_divisor.py"
 LOSSES, LAYOUTS = "tests/losses", "tests/trainer/test_layouts.py"
 
@@ -113,12 +114,15 @@ MUTANTS = [
     Mutant("the optimizer steps on a NaN gradient", "megatron_plugin/trainer/loop.py", "if not math.isfinite(grad_norm):", "if False:",
            "tests/trainer/test_bad_input.py -k gradient"),
     Mutant("hidden states are handed on without their gradient", "megatron_plugin/hooks/gpt_model.py", "            return input_, None", "            return input_.detach(), None", f"{ATTACH}::test_sft_is_the_models_own_loss_and_detach_leaves_no_trace"),
-    Mutant("the main head gets the loss of the MTP heads", "megatron_plugin/hooks/gpt_model.py", "if seen.heads <= (self.model.config.mtp_num_layers or 0):", "if seen.heads <= 1 + (self.model.config.mtp_num_layers or 0):", ATTACH),
+    Mutant("the main head gets the loss of the MTP heads", "megatron_plugin/hooks/gpt_model.py", "is_mtp = 0 < seen.heads <= (self", "is_mtp = 0 < seen.heads <= 1 + (self", ATTACH),
+    Mutant("MTP heads take the loss's temperature", "megatron_plugin/hooks/head_loss.py", "head = replace(self.head, temperature=1.0, vocab_size=None)", "head = self.head", f"{STEPS}::test_multi_token_prediction_heads_stay_plain"),
+    Mutant("books of a wrapped function are kept twice", "megatron_plugin/hooks/books.py", "if mine is not None and there is not mine.finalize:", "if there is mine:", f"{STEPS}::test_the_books_of_main_grad_come_and_go"),
+    Mutant("a checkpoint of another model loads", "megatron_plugin/hooks/dist_checkpoint.py", "if left_over or unexpected:", "if False:", "tests/trainer/test_checkpoint.py -k another_model"),
     Mutant("detach leaves the head's class", "megatron_plugin/hooks/gpt_model.py", "        head.__class__ = type(head).__bases__[1]\n", "", ATTACH),
     Mutant("data weights in a loss_mask are forgotten in two passes", "megatron_plugin/hooks/attach.py", "self._loss_mask = seen.loss_mask", "self._loss_mask = None", "tests/hooks/test_attach.py::test_masks_and_weights"),
     Mutant("labels in the batch's order, hidden states in the sequence's", "megatron_plugin/hooks/head_loss.py", "tokens.masked_labels().t().contiguous(), tokens", "tokens.masked_labels().contiguous().view(tokens.labels.shape[::-1]), tokens", ATTACH),
-    Mutant("the loss scale is not told", "megatron_plugin/hooks/report.py", "scale = config.grad_scale_func(torch.ones((), device=device))", "scale = 1.0", f"{ATTACH}::test_half_precision_under_the_wrappers"),
-    Mutant("the books of main_grad are never closed", "megatron_plugin/hooks/attach.py", "        self._ledger.finalize()\n", "", f"{ATTACH}::test_a_dropped_forward_is_found"),
+    Mutant("the loss scale is not told", "megatron_plugin/hooks/report.py", "scale = config.grad_scale_func(torch.ones((), device=device))", "scale = 1.0", f"{STEPS}::test_half_precision_under_the_wrappers"),
+    Mutant("the books of main_grad are never closed", "megatron_plugin/hooks/books.py", "            ledger.finalize()", "            pass", f"{STEPS}::test_a_dropped_forward_is_found"),
     Mutant("context-parallel slices are not zig-zag", "megatron_plugin/parallel/context.py", "(pieces[rank], pieces[-1 - rank])", "(pieces[2 * rank], pieces[2 * rank + 1])", "tests/parallel/test_context.py"),
     Mutant("the self-test reads a gradient another rank reduced", "megatron_plugin/hooks/self_test.py", "owned = not sharded or dist.get_rank(groups[0]) == 0", "owned = True", f"{SELF} -k PP2xDP2"),
     Mutant("the self-test changes the user's config", "megatron_plugin/hooks/self_test.py", "probe = copy.copy(config)", "probe = config", f"{SELF} -k one"),

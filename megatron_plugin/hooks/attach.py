@@ -24,6 +24,7 @@ from megatron.core.models.common.language_module.language_module import Language
 from torch import Tensor
 
 from megatron_plugin.hooks.attach_checks import check_attachable
+from megatron_plugin.hooks.books import Books
 from megatron_plugin.hooks.forward_step import masked_inputs
 from megatron_plugin.hooks.gpt_model import HeadSurgery, Seen, head_of
 from megatron_plugin.hooks.head_loss import HeadLoss, Tokens
@@ -69,6 +70,8 @@ def attach(
     """
     bound, head, plan = bind(loss, **params), head or Head(), plan or Plan()
     found = [m for m in (head_of(m) for m in (model if isinstance(model, (list, tuple, torch.nn.ModuleList)) else [model])) if m is not None]
+    if len(found) > 1:
+        raise ValueError(f"got {len(found)} models with an output head, expected one model or the chunks of one; attach to each by itself")
     if found:
         check_attachable(found[0], head, plan)
         if one_pass:
@@ -87,7 +90,7 @@ class Handle:
         self._given = self._loss_mask = None
         self._fresh = False  # the output was not yet handed to megatron-core
         self._ledger: MainGrad | None = None
-        self._stock_finalize: Callable | None = None
+        self._books: Books | None = None
         if model is None:
             log.info("attach: this pipeline stage has no output head; nothing to do here")
             return
@@ -114,16 +117,19 @@ class Handle:
         if self._surgery is not None:
             self._surgery.close()
             self._surgery = None
-        if self._stock_finalize is not None and self._model.config.finalize_model_grads_func == self._finalize:
-            self._model.config.finalize_model_grads_func = self._stock_finalize
-        self._stock_finalize = None
+        self._close_books()
+
+    def forget_step(self) -> None:
+        """After a step that was given up half-way, with its gradients zeroed: its forwards will have no backward, and that is right."""
+        if self._ledger is not None:
+            self._ledger.reset()
 
     @contextlib.contextmanager
     def inputs(self, inputs: TokenInputs, *, on_host: Tensor | None = None) -> Iterator[None]:
         """Per-token inputs, fields [b, s], for the one forward with labels inside.
 
-        on_host: [b, s] host copy of the mask; its tokens of 0 enter no GEMM (on a GPU; on the CPU that is found out anyway).  The same on
-        every tensor-parallel rank.  RuntimeError for a second forward inside, or one without labels: inputs belong to one micro-batch."""
+        on_host: [b, s] host copy of the mask; its tokens of 0 enter no GEMM (on a GPU; on the CPU that is found out anyway, and a
+        mask that leaves out a live token is an error, where on a GPU that token counts as masked).  The same on every tensor-parallel rank.  RuntimeError for a second forward inside, or one without labels: inputs belong to one micro-batch."""
         if not self.active:
             yield
             return
@@ -162,9 +168,10 @@ class Handle:
     def _main_loss(self, hidden: Tensor, weight: Tensor, seen: Seen) -> Tensor:
         inputs, on_host = self._take_inputs()
         self._loss_mask = seen.loss_mask
-        if self.one_pass and seen.loss_mask is not None:
-            inputs = masked_inputs(inputs, seen.loss_mask)
-        tokens = Tokens(seen.labels, inputs, seen.loss_mask, on_host)
+        if self.one_pass:  # nobody will multiply by it later
+            tokens = Tokens(seen.labels, masked_inputs(inputs, seen.loss_mask), on_host=on_host)
+        else:
+            tokens = Tokens(seen.labels, inputs, seen.loss_mask, on_host)
         run = self._loss.summed if self.one_pass else self._loss.per_token
         out, self.output = run(hidden, weight, self._model.output_layer.bias, tokens, self._ledger_of(weight))
         self._fresh = True
@@ -187,13 +194,15 @@ class Handle:
         if not (self._main_grad and torch.is_grad_enabled() and weight.requires_grad):
             return None
         if self._ledger is None or self._ledger.weight is not weight:
+            self._close_books()
             self._ledger = MainGrad(weight)
-        config = self._model.config
-        if self.one_pass and config.finalize_model_grads_func != self._finalize:  # methods are equal, never identical
-            self._stock_finalize, config.finalize_model_grads_func = config.finalize_model_grads_func, self._finalize
+        if self.one_pass:
+            self._books = Books.of(self._model.config, self._books)
+            if self._ledger not in self._books.ledgers:
+                self._books.ledgers.append(self._ledger)
         return self._ledger
 
-    def _finalize(self, *args, **kwargs) -> None:
-        """In the place of config.finalize_model_grads_func, which is called once per step, after the last backward."""
-        self._stock_finalize(*args, **kwargs)
-        self._ledger.finalize()
+    def _close_books(self) -> None:
+        if self._books is not None:
+            self._books.remove(self._ledger, self._model.config)
+            self._books = None

@@ -21,6 +21,8 @@ def check_attachable(model: LanguageModule, head: Head, plan: Plan) -> None:
             f"the output layer {type(layer).__name__} has a forward of its own, and the loss would pass it by: if all it adds is a soft cap, say so "
             "with head=Head(softcap=...); otherwise pass logits to token_loss"
         )
+    if "forward" in vars(layer):
+        raise ValueError("the output layer's forward was replaced on the instance, and the loss would never be asked: undo that before attach")
     weight = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else layer.weight
     if type(weight.detach()) is not torch.Tensor or weight.dtype not in FLOATS:
         raise ValueError(

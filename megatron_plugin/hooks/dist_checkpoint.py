@@ -22,6 +22,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase
+from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -45,8 +46,14 @@ def save(path: Path, chunks: list, optimizer: MegatronOptimizer | None) -> None:
 
 
 def load_weights(path: Path, chunks: list) -> None:
-    """Load the weights of a checkpoint of any layout into the chunks."""
-    loaded = dist_checkpointing.load(_weights(chunks), str(path))
+    """Load the weights of a checkpoint of any layout into the chunks.  ValueError when it holds others than this model has."""
+    loaded, missing, unexpected = dist_checkpointing.load(_weights(chunks), str(path), strict=StrictHandling.RETURN_ALL)
+    left_over = sorted(key for key in missing if not key.startswith(("optimizer.", "chained_")))
+    if left_over or unexpected:
+        raise ValueError(
+            f"got a checkpoint with {left_over[:4] or 'nothing'} beyond the model and without {sorted(unexpected)[:4] or 'nothing'} of it, expected the "
+            "model's own parameters: were the embeddings tied, or had the layers biases, when it was saved? set model.* as then"
+        )
     for i, chunk in enumerate(chunks):
         chunk.module.load_state_dict(loaded[_key(chunks, i)])
 

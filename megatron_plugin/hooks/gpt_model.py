@@ -58,6 +58,7 @@ class HeadSurgery:
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
             model.register_forward_hook(self._end, always_call=True),
         ]
+        self._own_loss = vars(model).get("compute_language_model_loss")  # somebody else's, on the instance
         model.compute_language_model_loss = self._loss
         head = model.output_layer
         head.__class__ = _handing_on(type(head))
@@ -68,6 +69,8 @@ class HeadSurgery:
         for hook in self._hooks:
             hook.remove()
         del self.model.compute_language_model_loss
+        if self._own_loss is not None:
+            self.model.compute_language_model_loss = self._own_loss
         head = self.model.output_layer
         head.__class__ = type(head).__bases__[1]
         del head.surgery
@@ -98,9 +101,12 @@ class HeadSurgery:
                 "the attached loss was called outside model.forward: a schedule that runs the model piece by piece (build_schedule_plan, "
                 "overlap_moe_expert_parallel_comm) passes the hooks by; on megatron-core 0.18 and later give it output_processor=handle.output_processor"
             )
+        is_mtp = 0 < seen.heads <= (self.model.config.mtp_num_layers or 0)
         if seen.weight is None:
+            if seen.labels is not None and not is_mtp:
+                raise RuntimeError("the output layer's forward was passed by (is it wrapped or replaced on the instance?): the attached loss got logits")
             return self._stock_loss(labels, logits)
-        if seen.heads <= (self.model.config.mtp_num_layers or 0):
+        if is_mtp:
             return self.mtp_loss(logits, seen.weight, labels)
         return self.main_loss(logits, seen.weight, seen)
 

@@ -68,7 +68,8 @@ class HeadLoss:
 
     def plain(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, main_grad: MainGrad | None) -> Tensor:
         """Two-pass: -log p fp32 [b, s], what megatron-core wants of its multi-token-prediction heads."""
-        return self._per_token(PLAIN, hidden, weight, bias, Tokens(labels, TokenInputs()), main_grad)[0]
+        head = replace(self.head, temperature=1.0, vocab_size=None)  # the loss's options are not theirs
+        return replace(self, head=head)._per_token(PLAIN, hidden, weight, bias, Tokens(labels, TokenInputs()), main_grad)[0]
 
     def summed(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tokens, main_grad: MainGrad | None) -> tuple[Tensor, LossOutput]:
         """One-pass: sum of coefficient x loss, 0-d fp32, its gradient formed here; and sums over the tokens."""
@@ -90,7 +91,7 @@ class HeadLoss:
         return weighted_T.view(labels.shape).t().contiguous(), output._replace(per_token=_batch_first(output.per_token, labels))
 
     def _plan(self, tokens: Tokens, main_grad: MainGrad | None) -> Plan:
-        rows = self.plan.rows if tokens.on_host is None else tokens.on_host.t().reshape(-1).nonzero().view(-1)
+        rows = None if tokens.on_host is None else tokens.on_host.t().reshape(-1).nonzero().view(-1)
         return replace(self.plan, rows=rows, main_grad=main_grad)
 
 

@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from megatron_plugin.losses.reduction import LossOutput
 
-__all__ = ["check_normalised_per_step", "check_will_be_divided", "loss_scale", "report", "token_means"]
+__all__ = ["check_normalised_per_step", "check_will_be_divided", "loss_scale", "metric_pairs", "report", "token_means"]
 
 
 def report(loss_sum: Tensor, output: LossOutput, *, num_tokens: Tensor | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -19,10 +19,14 @@ def report(loss_sum: Tensor, output: LossOutput, *, num_tokens: Tensor | None = 
 
     Names: "lm loss", the loss as trained, and nll, token_prob, entropy, weight, ... in nats: plain sums over loss tokens, whatever the loss.
     num_tokens: what megatron-core shall divide by where that is not the number of loss tokens (mixture of experts, parallel/README.md)."""
-    sums = {"lm loss": loss_sum.detach(), **{name: value for name, value in output.metric_sums.items() if name != "loss"}}
-    count = output.num_tokens.float()
-    pairs = {name: torch.stack([value.float(), count]) for name, value in sums.items()}
+    pairs = {"lm loss": torch.stack([loss_sum.detach().float(), output.num_tokens.float()])} | metric_pairs(output)
     return loss_sum, output.num_tokens if num_tokens is None else num_tokens, pairs
+
+
+def metric_pairs(output: LossOutput) -> dict[str, Tensor]:
+    """{name: [sum, tokens]} of everything measured but the loss itself."""
+    count = output.num_tokens.float()
+    return {name: torch.stack([value.float(), count]) for name, value in output.metric_sums.items() if name != "loss"}
 
 
 def check_normalised_per_step(config: TransformerConfig) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -100,5 +101,7 @@ def load_checkpoint(checkpoint: Path, chunks: list, optimizer=None) -> dict[str,
 def _as_checkpoint_error(message: str) -> Iterator[None]:
     try:
         yield
+    except (MemoryError, dist.DistError, torch.OutOfMemoryError):
+        raise  # not the checkpoint's fault, and the lost rank or the device has to be named
     except (Exception, CheckpointException) as error:  # torch derives the latter from BaseException
         raise CheckpointError(f"{message}: {error}") from error

@@ -3,7 +3,14 @@
 import pytest
 
 from tests import tolerances as tol
-from tests.hooks.layouts import LAYOUTS, differences
+from tests.hooks.layouts import LAYOUTS, PAGE, differences
+
+
+def test_the_page_is_of_these_layouts():
+    rows = [line.split("|")[1:-1] for line in PAGE.read_text().splitlines() if line.startswith("| ") and not line.startswith("| layout")]
+    assert [row[0].strip() for row in rows] == list(LAYOUTS)
+    for loss, gradient in (cell.split("/") for row in rows for cell in row[1:]):
+        assert float(loss) <= tol.LAYOUT_LOSS and float(gradient) <= tol.LAYOUT_GRAD
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -77,8 +77,8 @@ def _megatron_cross_entropy(logits, *, labels, loss_mask):
     return total, count, {"lm loss": torch.stack([total.detach(), count.float()])}
 
 
-def save_and_load(group, *, overrides: dict, optimizer: bool, sharding: str | None = None) -> str | None:
-    """Save a fresh model, with its optimizer in the format `sharding` (None: ours) or without, and load it with one: the error's text."""
+def save_and_load(group, *, overrides: dict, optimizer: bool, sharding: str | None = None, other: dict | None = None) -> str | None:
+    """Save a fresh model, with its optimizer in the format `sharding` (None: ours) or without, and load it with one, or another model (`other` overrides) without: the error's text."""
     from megatron_plugin.hooks import dist_checkpoint
     from megatron_plugin.trainer import checkpoint, model
     from megatron_plugin.trainer.world import world
@@ -93,6 +93,9 @@ def save_and_load(group, *, overrides: dict, optimizer: bool, sharding: str | No
             path = checkpoint.save_checkpoint(config.run_dir, chunks, adam if optimizer else None, {"step": 0}, keep=0)
         finally:
             dist_checkpoint.FORMAT = ours
+        if other is not None:
+            config, adam = _config(overrides | other, group.size()), None
+            chunks = model.build_model(config, model.transformer_config(config), 320)
         try:
             checkpoint.load_checkpoint(path, chunks, adam)
         except checkpoint.CheckpointError as error:

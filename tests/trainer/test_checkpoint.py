@@ -92,6 +92,15 @@ def test_a_format_that_fixes_the_layout_is_named(tmp_path):
     assert "got optimizer state in megatron-core's format 'dp_reshardable', expected 'fully_reshardable'" in message
 
 
+@pytest.mark.parametrize("other", [{"model.share_embeddings_and_output_weights": "true"}, {"model.add_bias_linear": "false"}, {"model.add_bias_linear": "true"}])
+def test_a_checkpoint_of_another_model_is_refused(other, tmp_path):
+    """What one has beyond the other would be dropped, or stay random."""
+    overrides = {"run_dir": tmp_path / "run", "model.share_embeddings_and_output_weights": "false"}
+    overrides |= {"model.add_bias_linear": {"true": "false", "false": "true"}.get(other.get("model.add_bias_linear"), "false")}
+    message = on_ranks(1, RANKS, "save_and_load", overrides=overrides, optimizer=True, other=other)[0]
+    assert "does not fit this model" in message and ("output_layer.weight" in message or "bias" in message)
+
+
 @pytest.mark.parametrize("distributed", ["true", "false"])
 def test_an_optimizer_that_has_not_stepped_is_saved_and_loaded(distributed, tmp_path):
     overrides = {"run_dir": tmp_path / "run", "parallel.distributed_optimizer": distributed}

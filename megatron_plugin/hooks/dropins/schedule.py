@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_plugin.hooks.attach import Handle, attach
+from megatron_plugin.hooks.report import metric_pairs
 
 __all__ = ["with_loss"]
 
@@ -68,6 +69,4 @@ def _reporting(loss_func: Callable, handle: Handle, output: Tensor, **options: A
     returned = loss_func(output, **options)
     if not (isinstance(returned, tuple) and isinstance(returned[-1], dict)):
         return returned  # non-loss data
-    count = handle.output.num_tokens.float()
-    ours = {name: torch.stack([value.float(), count]) for name, value in handle.output.metric_sums.items() if name != "loss"}
-    return *returned[:-1], ours | returned[-1]
+    return *returned[:-1], metric_pairs(handle.output) | returned[-1]

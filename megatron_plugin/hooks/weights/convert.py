@@ -84,7 +84,8 @@ def _plan(models: list[GPTModel], dims: Dims) -> list[Source]:
 
 def _tensors(models: list[GPTModel], dims: Dims, order: list[Source], to: int | None) -> Iterator[tuple[str, Tensor]]:
     mine = {p.name: p.tensor for p in parameters(models, dims)}
-    return assemble(order, mine, dims, to=to, device=next(iter(mine.values())).device)
+    device = next((tensor.device for tensor in mine.values()), torch.device("cpu"))  # a rank without parameters has nothing to send
+    return assemble(order, mine, dims, to=to, device=device)
 
 
 def export_hf(
@@ -106,14 +107,24 @@ def export_hf(
     dims = dims_of(models, transformer_fields(config).vocab_size)
     order = _plan(models, dims)
     writer = together(lambda: HFWriter(path, _sizes(order, dims, dtype), file_bytes) if leader else None)
+    failures: list[OSError] = []  # a full disk: the others go on sending until all of it can be said to all
     for name, tensor in _tensors(models, dims, order, to=0):
-        writer.add(name, tensor.to(dtype or tensor.dtype))
-    if leader:
+        if failures:
+            continue
+        try:
+            writer.add(name, tensor.to(dtype or tensor.dtype))
+        except OSError as error:
+            failures.append(error)
+
+    def finish() -> None:
+        for error in failures:
+            raise error
         for source in ([directory] if directory else []) + list(files_from):
             writer.copy(source, (*TOKENIZER_FILES, "generation_config.json"))
         key = "dtype" if "dtype" in config else "torch_dtype"
         writer.close(config | {key: dtype_name(dtype or models[0].config.params_dtype)})
-    dist.barrier()
+
+    together(finish if leader else lambda: None)
 
 
 def _sizes(order: list[Source], dims: Dims, dtype: torch.dtype | None) -> dict[str, int]:

@@ -39,10 +39,10 @@ class Source:
 
 
 def together(check: Callable[[], T]) -> T:
-    """What `check` returns; if it raises WeightsError on any rank, that error on every rank, so that none is left waiting."""
+    """What `check` returns; if it raises WeightsError or OSError on any rank, a WeightsError on every rank, so that none is left waiting."""
     try:
         result, failure = check(), None
-    except WeightsError as error:
+    except (WeightsError, OSError) as error:
         result, failure = None, str(error)
     said = [failure] * dist.get_world_size()
     dist.all_gather_object(said, failure)

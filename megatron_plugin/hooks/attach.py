@@ -68,8 +68,11 @@ def attach(
     ValueError: an unknown loss or parameter; a model that has a loss attached already; a head that is not hidden x weight (LoRA, FP8, an
     own forward) or whose gradient is deferred; one_pass without calculate_per_token_loss.
     """
-    bound, head, plan = bind(loss, **params), head or Head(), plan or Plan()
-    found = [m for m in (head_of(m) for m in (model if isinstance(model, (list, tuple, torch.nn.ModuleList)) else [model])) if m is not None]
+    bound, head, plan = bind(loss, **params), Head() if head is None else head, Plan() if plan is None else plan
+    chunks = list(model) if isinstance(model, (list, tuple, torch.nn.ModuleList)) else [model]
+    if not chunks:
+        raise ValueError("got an empty list of model chunks, expected a GPTModel or this rank's chunks of one")
+    found = [m for m in map(head_of, chunks) if m is not None]
     if len(found) > 1:
         raise ValueError(f"got {len(found)} models with an output head, expected one model or the chunks of one; attach to each by itself")
     if found:
@@ -130,9 +133,14 @@ class Handle:
 
         on_host: [b, s] host copy of the mask; its tokens of 0 enter no GEMM (on a GPU; on the CPU that is found out anyway, and a
         mask that leaves out a live token is an error, where on a GPU that token counts as masked).  The same on every tensor-parallel rank.  RuntimeError for a second forward inside, or one without labels: inputs belong to one micro-batch."""
-        if not self.active:
+        if not isinstance(inputs, TokenInputs):
+            raise ValueError(f"got inputs of {type(inputs).__name__}, expected TokenInputs(...) with fields of [b, s]")
+        if self._model is None:
             yield
             return
+        self._check_attached()
+        if self._given is not None:
+            raise RuntimeError("handle.inputs inside handle.inputs: inputs belong to one micro-batch; leave the first one before the next")
         without_labels, self._given = self._surgery.without_labels, (inputs, on_host)
         try:
             yield
@@ -146,11 +154,15 @@ class Handle:
 
         num_tokens: 0-d int tensor in place of the number of loss tokens, for mixture-of-experts models (parallel/README.md).
         Two-pass, a loss_mask that the model was given multiplies here.  ValueError where megatron-core would not divide by the step's tokens once."""
+        self._check_attached()
         config = self._model.config
         check_normalised_per_step(config)
         check_will_be_divided(config)
         if not self._fresh:
             raise RuntimeError("loss_func was called twice for one forward, or before any: call the model with labels, then loss_func with what it returned")
+        expected = () if self.one_pass else tuple(self.output.per_token.loss.shape)
+        if tuple(output.shape) != expected:
+            raise ValueError(f"got an output of {list(output.shape)}, expected {list(expected)}: what the attached model returned")
         self._fresh = False
         if not self.one_pass:
             output = (output if self._loss_mask is None else output * self._loss_mask).sum()
@@ -164,6 +176,10 @@ class Handle:
             raise ValueError("output_processor without labels: leave output_processor out to get logits")
         hidden = hidden_states if scale_logits is None else scale_logits(hidden_states)
         return self._main_loss(hidden, output_layer.weight if output_weight is None else output_weight, Seen(labels, loss_mask))
+
+    def _check_attached(self) -> None:
+        if not self.active:
+            raise RuntimeError("nothing is attached: this handle was detached, or its pipeline stage has no output head; attach anew")
 
     def _main_loss(self, hidden: Tensor, weight: Tensor, seen: Seen) -> Tensor:
         inputs, on_host = self._take_inputs()

@@ -15,6 +15,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def check_attachable(model: LanguageModule, head: Head, plan: Plan) -> None:
     """ValueError where the model's head is not softmax(scale x (hidden x weight + bias)), or where an option is not the caller's to set."""
+    for name, option, kind in (("head", head, Head), ("plan", plan, Plan)):
+        if not isinstance(option, kind):
+            raise ValueError(f"got {name} of {type(option).__name__}, expected {kind.__name__}(...) of megatron_plugin")
     layer, config = model.output_layer, model.config
     if type(layer).forward is not ColumnParallelLinear.forward and head.softcap is None:
         raise ValueError(
@@ -38,5 +41,5 @@ def check_attachable(model: LanguageModule, head: Head, plan: Plan) -> None:
     if getattr(config, "use_mup", False) and (layer.bias is not None or head.softcap is not None):
         raise ValueError("got config.use_mup=True with a head bias or soft cap, expected neither: MuP's factor is applied to the hidden states")
     size = layer.output_size
-    if head.vocab_size is not None and not 0 < head.vocab_size <= size:
-        raise ValueError(f"got head.vocab_size={head.vocab_size}, expected 1 to {size}, the columns of the model's head")
+    if head.vocab_size is not None and not (isinstance(head.vocab_size, int) and 0 < head.vocab_size <= size):
+        raise ValueError(f"got head.vocab_size={head.vocab_size!r}, expected 1 to {size}, the columns of the model's head")

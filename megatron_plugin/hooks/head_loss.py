@@ -17,6 +17,7 @@ from megatron_plugin.losses.binding import bind
 from megatron_plugin.losses.contract import TokenInputs, TokenLoss
 from megatron_plugin.losses.reduction import LossOutput, PerToken, evaluate_tokens
 from megatron_plugin.ops import Head, Plan, TensorParallel, linear_token_loss, linear_token_stats
+from megatron_plugin.ops.checks import checked_inputs
 
 __all__ = ["HeadLoss", "Tokens"]
 
@@ -37,15 +38,20 @@ class Tokens:
     on_host: Tensor | None = None
     """[b, s] mask on the host: tokens that are 0 in it stay out of every GEMM (Plan.rows)."""
 
+    def check(self, rows: int, length: int) -> None:
+        """ValueError unless everything is [rows, length], which transposing and flattening would hide: a value of another token."""
+        if tuple(self.labels.shape) != (rows, length):
+            raise ValueError(f"labels {list(self.labels.shape)} do not fit the model's hidden states: expected [b, s] = [{rows}, {length}]")
+        for name, mask in (("loss_mask", self.loss_mask), ("on_host", self.on_host)):
+            if mask is not None and mask.shape != self.labels.shape:
+                raise ValueError(f"{name} {list(mask.shape)} does not fit labels {list(self.labels.shape)}: expected one value per label, [b, s]")
+        checked_inputs(self.inputs, self.labels)
+
     def masked_labels(self) -> Tensor:
-        """[b, s], IGNORED where loss_mask or the coefficient is 0.  ValueError for a mask or a coefficient of another shape."""
+        """[b, s], IGNORED where loss_mask or the coefficient is 0."""
         labels = self.labels
-        for name, mask in (("loss_mask", self.loss_mask), ("inputs.coefficient", self.inputs.coefficient)):
-            if mask is None:
-                continue
-            if mask.shape != labels.shape:
-                raise ValueError(f"{name} {list(mask.shape)} does not fit labels {list(labels.shape)}: expected one value per label, [b, s]")
-            labels = labels.masked_fill(mask == 0, IGNORED)
+        for mask in (self.loss_mask, self.inputs.coefficient):
+            labels = labels if mask is None else labels.masked_fill(mask == 0, IGNORED)
         return labels
 
 
@@ -76,13 +82,13 @@ class HeadLoss:
         plan = self._plan(tokens, main_grad)
         if isinstance(plan.grad_scale, float) and plan.grad_scale == 1.0:
             plan = replace(plan, grad_scale=loss_scale(self.config, hidden.device))
-        labels, inputs = _in_order(tokens)
+        labels, inputs = self._in_order(hidden, tokens)
         head = replace(self.head, bias=bias)
         output = linear_token_loss(hidden, weight, labels, self.loss, inputs=inputs, tp=self.tp, head=head, plan=plan)
         return output.loss_sum, output._replace(per_token=_batch_first(output.per_token, labels))
 
     def _per_token(self, loss, hidden, weight, bias, tokens, main_grad) -> tuple[Tensor, LossOutput]:
-        labels, inputs = _in_order(tokens)
+        labels, inputs = self._in_order(hidden, tokens)
         stats = linear_token_stats(hidden, weight, labels, tp=self.tp, head=replace(self.head, bias=bias), plan=self._plan(tokens, main_grad))
         columns = weight.shape[0] * (1 if self.tp.group is None else self.tp.group.size())
         loss = loss.for_vocabulary(self.head.vocab_size or columns)
@@ -94,10 +100,10 @@ class HeadLoss:
         rows = None if tokens.on_host is None else tokens.on_host.t().reshape(-1).nonzero().view(-1)
         return replace(self.plan, rows=rows, main_grad=main_grad)
 
-
-def _in_order(tokens: Tokens) -> tuple[Tensor, TokenInputs]:
-    """Labels and inputs [s, b], in the order of the hidden states."""
-    return tokens.masked_labels().t().contiguous(), tokens.inputs.map(lambda x: x.t().contiguous())
+    def _in_order(self, hidden: Tensor, tokens: Tokens) -> tuple[Tensor, TokenInputs]:
+        """Labels and inputs [s, b], in the order of the hidden states."""
+        tokens.check(hidden.shape[1], hidden.shape[0] * (self.tp.group.size() if self.tp.sequence_parallel and self.tp.group else 1))
+        return tokens.masked_labels().t().contiguous(), tokens.inputs.map(lambda x: x.t().contiguous())
 
 
 def _batch_first(columns: PerToken, labels_sb: Tensor) -> PerToken:

@@ -179,6 +179,19 @@ def refusals(group) -> dict[str, str]:
             "piecewise": lambda m: (attach(m, "sft"), m.compute_language_model_loss(torch.zeros(1, 1), torch.zeros(1, 1, 4))),
             "mask": lambda m: (attach(m, "sft"), _call(m, labels=batch_of(0)[1][:, :-1])),
             "shape": lambda m: (attach(m, "sft"), _call(m, labels=batch_of(0)[1][:, :-1], loss_mask=None)),
+            "transposed": lambda m: (attach(m, "sft"), _call(m, labels=batch_of(0)[1].t(), loss_mask=None)),
+            "flat advantage": lambda m: _inputs(attach(m, "grpo"), m, advantage=torch.ones(2 * SEQUENCE)),
+            "transposed advantage": lambda m: _inputs(attach(m, "grpo"), m, advantage=torch.ones(SEQUENCE, 2)),
+            "one advantage": lambda m: _inputs(attach(m, "grpo"), m, advantage=torch.ones(1, 1)),
+            "flat advantage, one-pass": lambda m: _inputs(attach(m, "grpo", one_pass=True), m, advantage=torch.ones(2 * SEQUENCE)),
+            "host mask": lambda m: _inputs(attach(m, "sft"), m, on_host=torch.ones(SEQUENCE, 2)),
+            "no inputs": lambda m: attach(m, "sft").inputs({}).__enter__(),
+            "nested inputs": lambda m: _nested(attach(m, "sft")),
+            "detached": lambda m: _detached(attach(m, "sft"), m),
+            "other output": lambda m: (h := attach(m, "sft", one_pass=True), _call(m), h.loss_func(torch.zeros(2, SEQUENCE))),
+            "no chunks": lambda m: attach([], "sft"),
+            "head type": lambda m: attach(m, "sft", head=37),
+            "vocabulary type": lambda m: attach(m, "sft", head=Head(vocab_size="37")),
         }
         found = {}
         for name, case in cases.items():
@@ -187,6 +200,22 @@ def refusals(group) -> dict[str, str]:
             except (ValueError, RuntimeError) as error:
                 found[name] = f"{type(error).__name__}: {error}"
         return found
+
+
+def _inputs(handle, model, on_host=None, **fields):
+    with handle.inputs(TokenInputs(**fields), on_host=on_host):
+        return _call(model)
+
+
+def _nested(handle):
+    with handle.inputs(TokenInputs()), handle.inputs(TokenInputs()):
+        return handle
+
+
+def _detached(handle, model):
+    out = _call(model)
+    handle.detach()
+    return handle.loss_func(out)
 
 
 def _loss_func(handle, model):

@@ -100,8 +100,21 @@ MESSAGES = {
     "forward replaced later": "the output layer's forward was passed by",
     "two heads": "got 2 models with an output head",
     "piecewise": "called outside model.forward",
-    "mask": "loss_mask [2, 8] does not fit labels [2, 7]",
-    "shape": "labels [7, 2] do not fit hidden [8, 2, 16]: expected [8, 2]",
+    "mask": "labels [2, 7] do not fit the model's hidden states: expected [b, s] = [2, 8]",
+    "shape": "labels [2, 7] do not fit the model's hidden states: expected [b, s] = [2, 8]",
+    "transposed": "labels [8, 2] do not fit the model's hidden states: expected [b, s] = [2, 8]",
+    "flat advantage": "inputs.advantage is [16]",
+    "transposed advantage": "inputs.advantage is [8, 2]",
+    "one advantage": "inputs.advantage is [1, 1]",
+    "flat advantage, one-pass": "inputs.advantage is [16]",
+    "host mask": "on_host [8, 2] does not fit labels [2, 8]",
+    "no inputs": "got inputs of dict, expected TokenInputs",
+    "nested inputs": "handle.inputs inside handle.inputs",
+    "detached": "nothing is attached: this handle was detached",
+    "other output": "got an output of [2, 8], expected []",
+    "no chunks": "got an empty list of model chunks",
+    "head type": "got head of int, expected Head",
+    "vocabulary type": "vocab_size='37'",
 }
 
 

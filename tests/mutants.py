@@ -114,7 +114,7 @@ MUTANTS = [
     Mutant("the optimizer steps on a NaN gradient", "megatron_plugin/trainer/loop.py", "if not math.isfinite(grad_norm):", "if False:",
            "tests/trainer/test_bad_input.py -k gradient"),
     Mutant("hidden states are handed on without their gradient", "megatron_plugin/hooks/gpt_model.py", "            return input_, None", "            return input_.detach(), None", f"{ATTACH}::test_sft_is_the_models_own_loss_and_detach_leaves_no_trace"),
-    Mutant("the main head gets the loss of the MTP heads", "megatron_plugin/hooks/gpt_model.py", "is_mtp = 0 < seen.heads <= (self", "is_mtp = 0 < seen.heads <= 1 + (self", ATTACH),
+    Mutant("the main head gets the loss of the MTP heads", "megatron_plugin/hooks/gpt_model.py", "self.seen.is_mtp = self.seen.heads <= (self", "self.seen.is_mtp = self.seen.heads <= 1 + (self", ATTACH),
     Mutant("an input of another shape reaches other tokens", "megatron_plugin/hooks/head_loss.py", "        checked_inputs(self.inputs, self.labels)", "        pass", f"{ATTACH}::test_what_is_refused"),
     Mutant("MTP heads take the loss's temperature", "megatron_plugin/hooks/head_loss.py", "head = replace(self.head, temperature=1.0, vocab_size=None)", "head = self.head", f"{STEPS}::test_multi_token_prediction_heads_stay_plain"),
     Mutant("books of a wrapped function are kept twice", "megatron_plugin/hooks/books.py", "if mine is not None and there is not mine.finalize:", "if there is mine:", f"{STEPS}::test_the_books_of_main_grad_come_and_go"),

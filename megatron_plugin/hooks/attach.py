@@ -131,8 +131,9 @@ class Handle:
     def inputs(self, inputs: TokenInputs, *, on_host: Tensor | None = None) -> Iterator[None]:
         """Per-token inputs, fields [b, s], for the one forward with labels inside.
 
-        on_host: [b, s] host copy of the mask; its tokens of 0 enter no GEMM (on a GPU; on the CPU that is found out anyway, and a
-        mask that leaves out a live token is an error, where on a GPU that token counts as masked).  The same on every tensor-parallel rank.  RuntimeError for a second forward inside, or one without labels: inputs belong to one micro-batch."""
+        on_host: [b, s] host copy of the mask; its tokens of 0 enter no GEMM (on a GPU; on the CPU that is found out anyway, and a mask that
+        leaves out a live token is an error, where on a GPU that token counts as masked).  The same on every tensor-parallel rank.
+        RuntimeError for a second forward inside, or one without labels: inputs belong to one micro-batch."""
         if not isinstance(inputs, TokenInputs):
             raise ValueError(f"got inputs of {type(inputs).__name__}, expected TokenInputs(...) with fields of [b, s]")
         if self._model is None:

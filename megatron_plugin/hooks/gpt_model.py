@@ -40,6 +40,8 @@ class Seen:
     loss_mask: Tensor | None
     heads: int = 0
     """Calls of the output layer so far: multi-token-prediction heads first, the main head last."""
+    is_mtp: bool = False
+    """Whether the last of them was a multi-token-prediction head."""
     weight: Tensor | None = None
     """[V/tp, h], of the head call whose hidden states are on their way to the loss; None: logits are."""
 
@@ -88,8 +90,8 @@ class HeadSurgery:
         if self.seen is None:
             return False
         self.seen.heads += 1
-        is_mtp = self.seen.heads <= (self.model.config.mtp_num_layers or 0)
-        ours = self.seen.labels is not None and not (is_mtp and MTP_NEEDS_LOGITS)
+        self.seen.is_mtp = self.seen.heads <= (self.model.config.mtp_num_layers or 0)
+        ours = self.seen.labels is not None and not (self.seen.is_mtp and MTP_NEEDS_LOGITS)
         self.seen.weight = weight if ours else None
         return ours
 
@@ -101,12 +103,11 @@ class HeadSurgery:
                 "the attached loss was called outside model.forward: a schedule that runs the model piece by piece (build_schedule_plan, "
                 "overlap_moe_expert_parallel_comm) passes the hooks by; on megatron-core 0.18 and later give it output_processor=handle.output_processor"
             )
-        is_mtp = 0 < seen.heads <= (self.model.config.mtp_num_layers or 0)
         if seen.weight is None:
-            if seen.labels is not None and not is_mtp:
+            if seen.labels is not None and not seen.is_mtp:
                 raise RuntimeError("the output layer's forward was passed by (is it wrapped or replaced on the instance?): the attached loss got logits")
             return self._stock_loss(labels, logits)
-        if is_mtp:
+        if seen.is_mtp:
             return self.mtp_loss(logits, seen.weight, labels)
         return self.main_loss(logits, seen.weight, seen)
 

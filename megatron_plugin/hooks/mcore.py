@@ -26,7 +26,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 
 __all__ = [
-    "CALLS", "Groups", "adam", "broadcast_from_last_stage", "check_megatron_core", "context_group_of", "data_parallel", "data_parallel_size",
+    "CALLS", "Groups", "adam", "broadcast_from_last_stage", "check_megatron_core", "context_group_of", "data_parallel", "data_parallel_size", "device",
     "forward_backward", "gpt_chunks", "groups", "make_config",
 ]  # fmt: skip
 
@@ -244,6 +244,11 @@ def forward_backward(
             num_microbatches=len(micro_batches), micro_batch_size=shape[0], seq_length=shape[1], forward_only=not train,
             collect_non_loss_data=collect,
         )  # fmt: skip
+
+
+def device() -> torch.device:
+    """Where this rank's tensors live."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def broadcast_from_last_stage(values: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch import distributed as dist
 
+from megatron_plugin.hooks.mcore import device
 from megatron_plugin.parallel.vocab import all_gather
 
 __all__ = ["check_normalisation"]
@@ -129,7 +130,7 @@ class _Layout:
     def micro_batches(self) -> list[tuple[Tensor, Tensor]]:
         """(value, mask) [POSITIONS, 1, 1] of this rank; long ones have the larger values, or a mean of means would be right."""
         counts = [self.tokens(self.rank, index) for index in range(self.microbatches)]
-        positions = torch.arange(POSITIONS, device=_device()).view(-1, 1, 1)
+        positions = torch.arange(POSITIONS, device=device()).view(-1, 1, 1)
         return [(torch.full_like(positions, 1 + n, dtype=torch.float32), (positions < n).float()) for n in counts]
 
     def _counts(self) -> list[int]:
@@ -152,7 +153,7 @@ class _Probe(MegatronModule):
 
     def __init__(self, config: TransformerConfig, *, pre_process: bool, post_process: bool) -> None:
         super().__init__(config)
-        self.weight = torch.nn.Parameter(torch.ones(1, device=_device()))
+        self.weight = torch.nn.Parameter(torch.ones(1, device=device()))
         self.pre_process, self.post_process = pre_process, post_process
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = False
@@ -206,10 +207,6 @@ def _copied(config, neutral: dict):
     return probe
 
 
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
 def _worst_of_all_ranks(gradients: list[Tensor], expected: float, *, sharded: bool) -> float:
     """The gradient that is furthest from `expected`, the same number on every rank, so that all raise or none.
 
@@ -220,10 +217,10 @@ def _worst_of_all_ranks(gradients: list[Tensor], expected: float, *, sharded: bo
         parallel_state.get_tensor_model_parallel_group(),
     )
     owned = not sharded or dist.get_rank(groups[0]) == 0
-    mine = torch.stack([g.float().view(()) for g in gradients]) if owned else torch.tensor([expected], device=_device())
+    mine = torch.stack([g.float().view(()) for g in gradients]) if owned else torch.tensor([expected], device=device())
     worst = max(mine.tolist(), key=lambda g: _distance(g / expected))
     for group in groups:  # not one gather over the world: it may hold ranks that do not train
-        gathered = torch.empty(dist.get_world_size(group), dtype=torch.float64, device=_device())
+        gathered = torch.empty(dist.get_world_size(group), dtype=torch.float64, device=device())
         all_gather(gathered, gathered.new_tensor([worst]), group)
         worst = max(gathered.tolist(), key=lambda g: _distance(g / expected))
     return worst

@@ -15,10 +15,9 @@ from torch import Tensor
 
 from megatron_plugin.config import Config
 from megatron_plugin.data import Conversation, ConversationEncoder, extract_answer, pad_id
-from megatron_plugin.hooks.mcore import Groups, broadcast_from_last_stage, forward_backward, groups
+from megatron_plugin.hooks.mcore import Groups, broadcast_from_last_stage, device, forward_backward, groups
 from megatron_plugin.parallel.context import context_slice
 from megatron_plugin.parallel.vocab import all_gather
-from megatron_plugin.trainer.model import device
 
 __all__ = ["accuracy"]
 

@@ -12,17 +12,12 @@ from megatron.core.transformer import TransformerConfig
 
 from megatron_plugin.config import Config
 from megatron_plugin.hooks.local_spec import block_spec, local_block_spec
-from megatron_plugin.hooks.mcore import adam, data_parallel, gpt_chunks, make_config
+from megatron_plugin.hooks.mcore import adam, data_parallel, device, gpt_chunks, make_config
 
-__all__ = ["build_model", "build_optimizer", "device", "padded_vocab_size", "transformer_config"]
+__all__ = ["build_model", "build_optimizer", "padded_vocab_size", "transformer_config"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
-
-
-def device() -> torch.device:
-    """Where this rank's tensors live."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def padded_vocab_size(config: Config, vocab_size: int) -> int:

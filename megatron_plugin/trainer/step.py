@@ -10,11 +10,10 @@ import torch
 from megatron_plugin.config import Config
 from megatron_plugin.data import PackedRows, attention_mask, shard
 from megatron_plugin.hooks.attach import Handle
-from megatron_plugin.hooks.mcore import Groups, broadcast_from_last_stage, forward_backward, groups
+from megatron_plugin.hooks.mcore import Groups, broadcast_from_last_stage, device, forward_backward, groups
 from megatron_plugin.hooks.report import token_means
 from megatron_plugin.losses.contract import TokenInputs
 from megatron_plugin.parallel.context import context_slice
-from megatron_plugin.trainer.model import device
 
 __all__ = ["run_rows"]
 

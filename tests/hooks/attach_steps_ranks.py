@@ -17,6 +17,14 @@ from tests.hooks.attach_ranks import _gpt
 from tests.hooks.ranks import SEQUENCE, VOCABULARY, batch_of, config_of, megatron
 
 
+def _forward_step(handle, batches, model, *, forwards: int = 1):
+    """The attached loss, or megatron-core's own where there is no handle; of several forwards the last one counts."""
+    tokens, labels, mask = next(batches)
+    for _ in range(forwards):
+        out = model(tokens, torch.arange(SEQUENCE).expand_as(tokens), None, labels=labels, loss_mask=mask)
+    return out, handle.loss_func if handle else lambda loss: ((loss * mask).sum(), mask.sum().int(), {})
+
+
 def half(group, *, dtype: str, scale: float = 1.0) -> dict:
     """DDP(Float16Module(GPT)) under the schedule with a loss scale: fp32 gradients / scale by way, and the loss sums."""
     flag = {dtype: True, "params_dtype": {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype], "pipeline_dtype": torch.float32}
@@ -31,19 +39,17 @@ def half(group, *, dtype: str, scale: float = 1.0) -> dict:
                 loss_func = make_loss_func("dft", config, vocab_size=VOCABULARY)
             else:
                 handle = attach(model, "dft", head=Head(vocab_size=VOCABULARY), one_pass=way != "two_pass", main_grad=way == "main_grad")
-            reports = forward_backward(partial(_half_step, loss_func, handle), [batch_of(0), batch_of(1)], [model], shape=(2, SEQUENCE), train=True)
+            forward_step = partial(_forward_step, handle) if handle else partial(_logits_step, loss_func)
+            reports = forward_backward(forward_step, [batch_of(0), batch_of(1)], [model], shape=(2, SEQUENCE), train=True)
             results[way] = {n: p.main_grad / scale for n, p in model.module.named_parameters()}, sum(float(r["lm loss"][0]) for r in reports)
             if handle:
                 handle.detach()
         return results
 
 
-def _half_step(loss_func, handle, batches, model):
+def _logits_step(loss_func, batches, model):
     tokens, labels, mask = next(batches)
-    positions = torch.arange(SEQUENCE).expand_as(tokens)
-    if handle is None:
-        return model(tokens, positions, None), partial(loss_func, labels=labels, loss_mask=mask)
-    return model(tokens, positions, None, labels=labels, loss_mask=mask), handle.loss_func
+    return model(tokens, torch.arange(SEQUENCE).expand_as(tokens), None), partial(loss_func, labels=labels, loss_mask=mask)
 
 
 def parameter_gather(group, *, way: str, steps: int = 3) -> dict[str, torch.Tensor]:
@@ -54,22 +60,15 @@ def parameter_gather(group, *, way: str, steps: int = 3) -> dict[str, torch.Tens
         model = DistributedDataParallel(config=config, ddp_config=ddp, module=_gpt(config))
         config.no_sync_func, config.grad_sync_func, config.param_sync_func = model.no_sync, model.start_grad_sync, model.start_param_sync
         optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-2, use_distributed_optimizer=True), [model])
-        model.enable_forward_pre_hook() if not getattr(model, "use_forward_hook", True) else None
         handle = None if way == "stock" else attach(model, "sft", one_pass=way == "one_pass")
-
-        def forward_step(batches, model):
-            tokens, labels, mask = next(batches)
-            out = model(tokens, torch.arange(SEQUENCE).expand_as(tokens), None, labels=labels, loss_mask=mask)
-            return out, handle.loss_func if handle else lambda loss: ((loss * mask).sum(), mask.sum().int(), {})
-
         rank = parallel_state.get_data_parallel_rank()
         for step in range(steps):
             model.zero_grad_buffer()
             optimizer.zero_grad()
-            forward_backward(forward_step, [batch_of(rank), batch_of(rank + 2 + step)], [model], shape=(2, SEQUENCE), train=True)
+            forward_backward(partial(_forward_step, handle), [batch_of(rank), batch_of(rank + 2 + step)], [model], shape=(2, SEQUENCE), train=True)
             optimizer.step()
-        for group_ in (model.bucket_groups if hasattr(model, "bucket_groups") else []):
-            group_.start_param_sync(force_sync=True)
+        for bucket_group in model.bucket_groups:
+            bucket_group.start_param_sync(force_sync=True)
         return {name: p.detach().clone() for name, p in model.module.named_parameters()}
 
 
@@ -82,57 +81,31 @@ def mtp_step(group, *, tied: bool, temperature: float = 1.0) -> dict[str, dict[s
         results = {}
         for way in ("stock", "two_pass", "one_pass", "main_grad"):
             handle = None if way == "stock" else attach(model, "sft", head=Head(temperature=temperature), one_pass=way != "two_pass", main_grad=way == "main_grad")
-
-            def forward_step(batches, model, handle=handle):
-                tokens, labels, mask = next(batches)
-                out = model(tokens, torch.arange(SEQUENCE).expand_as(tokens), None, labels=labels, loss_mask=mask)
-                return out, handle.loss_func if handle else lambda loss: ((loss * mask).sum(), mask.sum().int(), {})
-
             model.zero_grad_buffer()
-            forward_backward(forward_step, [batch_of(0), batch_of(1)], [model], shape=(2, SEQUENCE), train=True)
+            forward_backward(partial(_forward_step, handle), [batch_of(0), batch_of(1)], [model], shape=(2, SEQUENCE), train=True)
             results[way] = {name: p.main_grad.clone() for name, p in gpt.named_parameters()}
             if handle:
                 handle.detach()
         return results
 
 
-def dropped_forward(group, *, way: str) -> str:
-    """The error of a step in which the loss of one forward never meets a backward, or "" where none came; and of the step after it."""
+def dropped_forward(group, *, way: str) -> tuple[list[str], str, str]:
+    """([error or "" of a step in which one forward's loss never meets a backward, of the step after it], kind of finalize during, name of it after)."""
     with megatron(1):
         config = config_of(1)
         model = DistributedDataParallel(config=config, ddp_config=DistributedDataParallelConfig(), module=_gpt(config))
         handle = attach(model, "dft", one_pass=way != "two_pass", main_grad=way == "main_grad")
-
-        def forward_step(drop, batches, model):
-            tokens, labels, mask = next(batches)
-            call = dict(labels=labels, loss_mask=mask)
-            if drop:
-                model(tokens, torch.arange(SEQUENCE).expand_as(tokens), None, **call)
-            return model(tokens, torch.arange(SEQUENCE).expand_as(tokens), None, **call), handle.loss_func
-
-        messages = []
-        for drop in (True, False):
-            model.zero_grad_buffer()
-            try:
-                forward_backward(partial(forward_step, drop), [batch_of(0)], [model], shape=(2, SEQUENCE), train=True)
-                messages.append("")
-            except RuntimeError as error:
-                messages.append(str(error))
+        messages = [_step(model, handle, forwards=2), _step(model, handle)]
         before = config.finalize_model_grads_func
         handle.detach()
         return messages, type(before).__name__, config.finalize_model_grads_func.__name__
 
 
-def _step(model, handle, count=1) -> str:
-    """One step of `count` micro-batches; the text of its RuntimeError or ValueError, or ""."""
-
-    def forward_step(batches, model):
-        tokens, labels, mask = next(batches)
-        return model(tokens, torch.arange(SEQUENCE).expand_as(tokens), None, labels=labels, loss_mask=mask), handle.loss_func
-
+def _step(model, handle, *, forwards: int = 1) -> str:
+    """One step of one micro-batch; the text of its RuntimeError or ValueError, or ""."""
     model.zero_grad_buffer()
     try:
-        forward_backward(forward_step, [batch_of(i) for i in range(count)], [model], shape=(2, SEQUENCE), train=True)
+        forward_backward(partial(_forward_step, handle, forwards=forwards), [batch_of(0)], [model], shape=(2, SEQUENCE), train=True)
     except (RuntimeError, ValueError) as error:
         return str(error)
     return ""

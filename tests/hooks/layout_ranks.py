@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.models.gpt import GPTModel
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer import TransformerConfig
 
 from megatron_plugin import Head, TokenInputs, attach, bind
@@ -18,7 +17,7 @@ from megatron_plugin.data import attention_mask
 from megatron_plugin.hooks.cpu_platform import cpu_platform
 from megatron_plugin.hooks.forward_step import make_loss_func
 from megatron_plugin.hooks.local_spec import local_block_spec
-from megatron_plugin.hooks.mcore import forward_backward
+from megatron_plugin.hooks.mcore import data_parallel, forward_backward, gpt_chunks, make_config
 from megatron_plugin.hooks.report import token_means
 from megatron_plugin.losses.chord import chord_phi
 from megatron_plugin.losses.contract import TokenTerms
@@ -97,41 +96,28 @@ def _micro_batches(layout: Layout) -> list[dict[str, torch.Tensor]]:
     return made
 
 
-def _config(layout: Layout, **fields) -> TransformerConfig:
-    return TransformerConfig(
+def _config(layout: Layout) -> TransformerConfig:
+    return make_config(
         num_layers=4, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4, hidden_dropout=0.0, attention_dropout=0.0,
         normalization="RMSNorm", add_bias_linear=False, tensor_model_parallel_size=layout.tensor, pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None, context_parallel_size=layout.context,
-        sequence_parallel=layout.sequence, use_cpu_initialization=True, batch_p2p_sync=False, masked_softmax_fusion=False,
-        bias_dropout_fusion=False, apply_rope_fusion=False, calculate_per_token_loss=True, finalize_model_grads_func=finalize_model_grads,
-        # two stages that send to each other in both directions: batched, megatron-core takes activations for gradients
-        batch_p2p_comm=layout.virtual == 1, overlap_p2p_comm=layout.virtual > 1,
-        **{"pipeline_dtype": torch.float32, "gradient_accumulation_fusion": False} | fields,
+        sequence_parallel=layout.sequence, pipeline_dtype=torch.float32,
     )  # fmt: skip
 
 
 def _chunks(config: TransformerConfig, layout: Layout, checkpoint: str | None) -> list[DistributedDataParallel]:
-    ddp = DistributedDataParallelConfig(
-        use_distributed_optimizer=layout.distributed_optimizer, overlap_grad_reduce=layout.overlap, bucket_size=2000 if layout.overlap else None
-    )
-    chunks = []
-    for chunk in range(layout.virtual):
-        stage = {} if layout.virtual == 1 else {"ignore_virtual": False, "vp_stage": chunk}
-        model = GPTModel(
-            config=config, transformer_layer_spec=local_block_spec(config, vp_stage=stage.get("vp_stage")), vocab_size=PADDED,
-            max_sequence_length=2 * SEQUENCE, pre_process=parallel_state.is_pipeline_first_stage(**stage),
-            post_process=parallel_state.is_pipeline_last_stage(**stage), position_embedding_type="rope",
-            share_embeddings_and_output_weights=layout.tied, **({"vp_stage": chunk} if stage else {}),
-        )  # fmt: skip
-        chunks.append(model)
+    chunks = gpt_chunks(
+        config, local_block_spec, vocab_size=PADDED, max_sequence_length=2 * SEQUENCE, position_embedding_type="rope",
+        share_embeddings_and_output_weights=layout.tied,
+    )  # fmt: skip
     if checkpoint is not None:
-        state = {f"model{i}": model.sharded_state_dict() for i, model in enumerate(chunks)}
-        loaded = dist_checkpointing.load(state, checkpoint)
+        loaded = dist_checkpointing.load({f"model{i}": model.sharded_state_dict() for i, model in enumerate(chunks)}, checkpoint)
         for i, model in enumerate(chunks):
             model.load_state_dict(loaded[f"model{i}"])
-    wrapped = [DistributedDataParallel(config=config, ddp_config=ddp, module=m, disable_bucketing=i > 0) for i, m in enumerate(chunks)]
+    overlap = dict(overlap_grad_reduce=True, bucket_size=2000) if layout.overlap else {}
+    wrapped = data_parallel(config, chunks, distributed_optimizer=layout.distributed_optimizer, **overlap)
     if layout.overlap:
-        config.no_sync_func = wrapped[0].no_sync if len(wrapped) == 1 else [m.no_sync for m in wrapped]
+        config.no_sync_func = wrapped[0].no_sync
     return wrapped
 
 
@@ -170,10 +156,10 @@ def _gradients(chunks: list[DistributedDataParallel]) -> list[tuple[str, tuple, 
     return found
 
 
-def step(group, *, layout: Layout, checkpoint: str, objectives=tuple(OBJECTIVES), ways=WAYS, fields=None) -> dict:
+def step(group, *, layout: Layout, checkpoint: str, objectives=tuple(OBJECTIVES), ways=WAYS) -> dict:
     """{(objective, way): (token means on the last stage or None, gradients)} of the step in `layout`, from `checkpoint`."""
     with _megatron(layout):
-        config = _config(layout, **(fields or {}))
+        config = _config(layout)
         chunks = _chunks(config, layout, checkpoint)
         results = {}
         for objective in objectives:

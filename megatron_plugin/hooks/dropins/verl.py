@@ -41,7 +41,8 @@ def policy_loss(loss: str | Callable | TokenLoss, **params: float | Tensor) -> C
         loss_bs = terms["loss"] if rollout_is_weights is None else terms["loss"] * rollout_is_weights
         count = live.sum().clamp(min=1)
         metrics = {f"actor/{name}": float(value.detach().sum() / count) for name, value in terms.items() if name != "loss"}
-        return agg_loss(loss_mat=loss_bs, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **(config.global_batch_info if config is not None else {})), metrics
+        counts = {} if config is None else config.global_batch_info
+        return agg_loss(loss_mat=loss_bs, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **counts), metrics
 
     return compute
 

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 4 -m megatron_plugin.cli train configs/dft.yaml parallel.tensor=2 data.train=x.jsonl
 
 Nothing heavy is imported before the arguments and the configuration are known to be right.  Exit codes: 0 done, 2 configuration, 3 no
-usable checkpoint, 4 data, 17 loss or gradient not a number, 1 anything else.  An exception with an
+usable checkpoint, 4 data, 5 no rollouts (engines or rewards failed for good), 17 loss or gradient not a number, 1 anything else.  An exception with an
 attribute `exit_code` is the person's to mend: one message, no traceback.  (torchrun itself exits with 1 whatever its ranks exit with, and
 prints theirs.)
 """
@@ -66,7 +66,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="megatron-plugin",
         description="Fine-tune with weighted on-policy-SFT losses on megatron-core.",
-        epilog="exit codes: 0 done, 2 configuration, 3 no usable checkpoint, 4 data, 17 loss or gradient not a number, 1 anything else",
+        epilog="exit codes: 0 done, 2 configuration, 3 no usable checkpoint, 4 data, 5 no rollouts, 17 loss or gradient not a number, 1 anything else",
     )
     parser.add_argument("--version", action="version", version=f"megatron-plugin {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
@@ -77,6 +77,7 @@ def _parser() -> Parser:
     train.set_defaults(run=_train)
 
     _add_conversions(commands)
+    _add_serve(commands)
     config = commands.add_parser("config", help="look at a configuration", description="Look at a configuration.")
     actions = config.add_subparsers(title="actions", metavar="ACTION", required=True, parser_class=Parser)
     text = "Print the whole configuration as YAML, with the origin of what is not a default.  WORLD_SIZE=N checks it for N ranks."
@@ -111,6 +112,22 @@ def _add_conversions(commands) -> None:
     give.add_argument("--like", metavar="HF_DIR", help="whose config.json to write; default: that of the model imported at first, if there was one")
     give.add_argument("--dtype", choices=("fp32", "bf16"), help="of the tensors; default: the run's")
     give.set_defaults(run=_export)
+
+
+def _add_serve(commands) -> None:
+    text = ("Start a vLLM server for rollout.engine=server, on this machine.  It begins with random weights and generates once a trainer has sent it "
+            "its own.  Whoever reaches the port can replace the model: it listens on loopback unless --public names another address.")  # fmt: skip
+    serve = commands.add_parser("serve", help="a rollout server for training jobs", description=text)
+    serve.add_argument("model", metavar="MODEL_DIR", help="config.json: RUN_DIR/engine of a run, or a Hugging Face directory")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    serve.add_argument("--public", action="store_true", help="allow a --host that other machines reach, on a network you trust")
+    serve.add_argument("--port", type=int, default=8000, help="(%(default)s)")
+    serve.add_argument("--transfer", choices=("shm", "gloo", "nccl"), help="as rollout.transfer of the job; default: nccl on GPUs, else shm")
+    serve.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16", help="of the engine's weights (%(default)s)")
+    serve.add_argument("--max-model-len", type=int, default=2048, help="at least data.seq_length of the job (%(default)s)")
+    serve.add_argument("--tensor", type=int, default=1, help="GPUs that share the model (%(default)s)")
+    serve.add_argument("--memory", type=float, default=0.0, help="share of the GPU's memory, or GiB of key-value cache on a CPU")
+    serve.set_defaults(run=_serve)
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -153,6 +170,15 @@ def _export(arguments: argparse.Namespace) -> None:
 
     world_size = _int_variable("WORLD_SIZE", 1)
     export_model(arguments.source, arguments.target, arguments.overrides, like=arguments.like, dtype=arguments.dtype, world_size=world_size)
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from megatron_plugin.rollout.serve import serve
+
+    serve(
+        arguments.model, host=arguments.host, port=arguments.port, public=arguments.public, dtype=arguments.dtype, memory=arguments.memory,
+        options=dict(transfer=arguments.transfer, max_model_len=arguments.max_model_len, tensor=arguments.tensor),
+    )  # fmt: skip
 
 
 def _show(arguments: argparse.Namespace) -> None:

@@ -108,7 +108,7 @@ def test_readme_names_every_file_and_every_key():
 
 def test_every_field_of_the_schema_is_documented():
     """A text below each field, but for those whose name is Megatron's own (GPTArguments) or a beta or epsilon of Adam."""
-    source = (CONFIGS.parent / "megatron_plugin" / "config" / "schema.py").read_text()
+    source = "".join((CONFIGS.parent / "megatron_plugin" / "config" / f"{name}.py").read_text() for name in ("schema", "rollout"))
     for key, kind in key_types().items():
         name = key.rpartition(".")[2]
         if not dataclasses.is_dataclass(kind) and not name.startswith("adam_"):

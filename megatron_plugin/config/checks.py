@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from megatron_plugin.config.errors import ConfigError, DataPathError
 from megatron_plugin.config.megatron_fields import CHOICES, accepts, model_fields
+from megatron_plugin.config.rollout_checks import check_rollout, check_rollout_world
 from megatron_plugin.config.schema import Config
 
 __all__ = ["check", "check_files"]
@@ -19,13 +20,17 @@ SMALLEST_BPE = 263  # 256 bytes and 7 control tokens (data/tokenizer.py)
 LOWEST = {
     1: ("train.steps", "train.micro_batch", "train.global_batch", "train.log_interval", "train.timeout_s", "parallel.tensor",
         "parallel.pipeline", "parallel.virtual", "parallel.context", "model.num_layers", "model.hidden_size", "model.num_attention_heads",
-        "model.num_query_groups", "model.ffn_hidden_size", "model.kv_channels", "model.make_vocab_size_divisible_by", "model.rotary_base"),
+        "model.num_query_groups", "model.ffn_hidden_size", "model.kv_channels", "model.make_vocab_size_divisible_by", "model.rotary_base",
+        "rollout.engines", "rollout.tensor", "rollout.start_timeout_s", "rollout.timeout_s", "rollout.bucket_mb", "rollout.prompts", "rollout.n",
+        "rollout.updates", "rollout.max_tokens"),
     0: ("seed", "train.lr", "train.min_lr", "train.warmup_steps", "train.weight_decay", "train.adam_eps", "train.clip_grad",
-        "train.eval_interval", "data.eval_samples", "data.eval_answers", "checkpoint.interval", "checkpoint.keep", "mu.warmup_steps", "mu.decay_steps"),
+        "train.eval_interval", "data.eval_samples", "data.eval_answers", "checkpoint.interval", "checkpoint.keep", "mu.warmup_steps", "mu.decay_steps",
+        "data.expert_samples", "rollout.memory", "rollout.top_k", "rollout.max_staleness", "rollout.dynamic_sampling", "rollout.overlong_buffer",
+        "rollout.overlong_penalty", "rollout.eval_n", "rollout.max_restarts", "rollout.correction_bound", "rollout.temperature"),
     2: ("data.seq_length",),
     SMALLEST_BPE: ("data.bpe_vocab_size",),
 }  # fmt: skip
-SHARES = ("train.adam_beta1", "train.adam_beta2", "data.max_bad_fraction", "data.filler", "mu.peak", "mu.valley", "model.hidden_dropout",
+SHARES = ("train.adam_beta1", "train.adam_beta2", "data.max_bad_fraction", "data.filler", "mu.peak", "mu.valley", "rollout.top_p", "model.hidden_dropout",
           "model.attention_dropout", "model.rotary_percent")  # fmt: skip
 # With these, layers may be spread unevenly over the stages; megatron-core checks them itself.
 UNEVEN = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage", "pipeline_model_parallel_layout",
@@ -39,6 +44,7 @@ def check(config: Config, world_size: int | None = None) -> None:
     _check_ranges(config)
     _check_training(config)
     _check_layout(config)
+    check_rollout(config)
     if world_size is not None:
         _check_world(config, world_size)
 
@@ -46,7 +52,8 @@ def check(config: Config, world_size: int | None = None) -> None:
 def check_files(config: Config) -> None:
     """DataPathError when a file or directory that `data` names does not exist: found here, before torch is imported."""
     data = config.data
-    for key, paths in {"data.train": data.train, "data.eval": data.eval, "data.chat_template": [data.chat_template]}.items():
+    files = {"data.train": data.train, "data.eval": data.eval, "data.prompts": data.prompts, "data.chat_template": [data.chat_template]}
+    for key, paths in files.items():
         for path in paths:
             if path and not Path(path).is_file():
                 raise DataPathError(f"got {path!r}, expected a file that exists, relative to {Path.cwd()}", key, config.sources.get(key))
@@ -170,6 +177,9 @@ def _check_world(config: Config, world_size: int) -> None:
             "world size", config.sources.get(f"parallel.{key}"),
         )  # fmt: skip
     ranks = config.data_parallel(world_size)
+    if config.rollout is not None:
+        check_rollout_world(config, ranks)
+        return
     if train.global_batch % (train.micro_batch * ranks):
         because = f"train.micro_batch {train.micro_batch} x {ranks} data-parallel ranks"
         _fail(config, "train.global_batch", _multiple(train.global_batch, train.micro_batch * ranks, because))

@@ -151,7 +151,7 @@ def _normalise(layer: Layer) -> None:
     """In place: what people write for "empty" and for "one file" in the form of the schema."""
     known, values = key_types(), layer.values
     for name, value in values.items():
-        if value is None and name != "mu" and (is_dataclass(known[name]) or get_origin(known[name]) is dict):
+        if value is None and name not in ("mu", "rollout") and (is_dataclass(known[name]) or get_origin(known[name]) is dict):
             values[name] = {}
         for key in list(value) if isinstance(value, dict) else ():
             kind, inner = known.get(f"{name}.{key}"), value[key]

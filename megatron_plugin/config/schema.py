@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-__all__ = ["CheckpointConfig", "Config", "DataConfig", "GPTArguments", "MuConfig", "ParallelConfig", "TrainConfig"]
+from megatron_plugin.config.rollout import RolloutConfig
+
+__all__ = ["CheckpointConfig", "Config", "DataConfig", "GPTArguments", "MuConfig", "ParallelConfig", "RolloutConfig", "TrainConfig"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class TrainConfig:
     micro_batch: int = 4
     """Rows of one forward pass on one data-parallel rank."""
     global_batch: int = 16
-    """Rows of one step, over all data-parallel ranks: a multiple of micro_batch x data-parallel ranks."""
+    """Rows of one step, over all data-parallel ranks: a multiple of micro_batch x data-parallel ranks.  On-policy, a step has the rows that its
+    samples fill, and this is not used."""
     lr: float = 1e-5
     """Peak learning rate."""
     min_lr: float = 0.0
@@ -66,7 +69,7 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class MuConfig:
-    """The share of expert data over the steps (schedules/mu.py); for losses with two sources.  Leave the section out with others."""
+    """The share of expert data over the steps (schedules/mu.py), for chord, in place of its preset's.  Leave the section out with others."""
 
     warmup_steps: int = 0
     """Steps from 0 up to peak."""
@@ -86,6 +89,11 @@ class DataConfig:
     """jsonl files, a list or one path; empty: the embedded arithmetic problems."""
     eval: list[str] = field(default_factory=list)
     """Held-out jsonl, a list or one path; empty: the embedded held-out and harder splits if train is empty too, else no evaluation."""
+    prompts: list[str] = field(default_factory=list)
+    """On-policy: jsonl of questions with reference answers, a list or one path; empty: the embedded ones, of which none is in train or eval, if
+    train is empty too, else the questions of train."""
+    expert_samples: int = 32
+    """On-policy: samples of data.train in one step, over all data-parallel ranks; 0, or a loss without expert tokens: none."""
     tokenizer: str = ""
     """A Hugging Face tokenizer directory.  Empty: that of the run in checkpoint.init, else a byte-level BPE trained on data.train; either is
     saved in the run directory."""
@@ -161,6 +169,8 @@ class Config:
     loss: dict[str, Any] = field(default_factory=lambda: {"name": "sft"})
     """name: one of megatron_plugin.LOSSES, or your own as package.module.function; every other key is a parameter of that loss."""
     mu: MuConfig | None = None
+    rollout: RolloutConfig | None = None
+    """On-policy training (config/rollout.py); left out: supervised training."""
     data: DataConfig = field(default_factory=DataConfig)
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of megatron-core's TransformerConfig and of GPTArguments.  What is left out has megatron-core's own default, except that

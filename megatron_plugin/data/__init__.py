@@ -20,6 +20,7 @@ Stage by stage
     messages.py    one line -> Conversation (roles, contents, which turns are trained, with which weight)
     tokenize.py    Conversation -> Sample (tokens, labels at the same place, weights)            nothing is shifted yet
     packing.py     Samples -> rows; PackedRows.batch shifts labels and weights by one, the only place that does
+    prompts.py     Conversation -> Prompt (token ids and the reference answer), for rollouts
     order.py       which rows belong to a step, and to a rank; knows nothing of tokens
 Everything before `shard` is the same on every rank, whatever the layout: ranks read the same file and compute the same rows.
 
@@ -34,6 +35,7 @@ from megatron_plugin.data.load import load_rows
 from megatron_plugin.data.messages import Conversation, Message, iter_lines, parse_line, read_conversations
 from megatron_plugin.data.order import BLANK_ROW, RowOrder, eval_steps, shard
 from megatron_plugin.data.packing import PAD_SEGMENT, PackedBatch, PackedRows, PackingReport, attention_mask, cu_seqlens, pack_samples
+from megatron_plugin.data.prompts import Prompt, PromptSet, encode_prompts
 from megatron_plugin.data.tokenize import IGNORE_INDEX, ConversationEncoder, Sample, encode_all
 from megatron_plugin.data.tokenizer import load_tokenizer, pad_id, train_tokenizer, true_vocab_size
 
@@ -50,11 +52,14 @@ __all__ = [
     "PackedBatch",
     "PackedRows",
     "PackingReport",
+    "Prompt",
+    "PromptSet",
     "RowOrder",
     "Sample",
     "attention_mask",
     "cu_seqlens",
     "encode_all",
+    "encode_prompts",
     "eval_steps",
     "extract_answer",
     "generate",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -39,10 +39,14 @@ class PackedBatch:
     """[b, s] int64, from 0 in each segment."""
     segment_ids: Tensor
     """[b, s] int64, 0, 1, ... along a row; -1 on padding."""
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    """[b, s] fp32 each, by name (Sample.columns): of the next token, like the label; 0 at the last token of a segment, on padding, and in samples
+    without such a column."""
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> PackedBatch:
-        """The same batch with `fn` applied to every tensor (move, slice)."""
-        return PackedBatch(**{f.name: fn(getattr(self, f.name)) for f in fields(self)})
+        """The same batch with `fn` applied to every tensor (move, slice), the columns too."""
+        tensors = {f.name: fn(getattr(self, f.name)) for f in fields(self) if f.name != "columns"}
+        return PackedBatch(**tensors, columns={name: fn(values) for name, values in self.columns.items()})
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class PackedRows:
     seq_length: int
     pad_id: int
     report: PackingReport
+    columns: tuple[str, ...] = ()
+    """Names of the columns that every batch has."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -90,6 +96,7 @@ class PackedRows:
             loss_weight=torch.zeros((b, s), dtype=torch.float32),
             position_ids=torch.zeros((b, s), dtype=torch.int64),
             segment_ids=torch.full((b, s), PAD_SEGMENT, dtype=torch.int64),
+            columns={name: torch.zeros((b, s), dtype=torch.float32) for name in self.columns},
         )
         for place, row in enumerate(rows):
             start = 0
@@ -97,14 +104,29 @@ class PackedRows:
                 sample = self.samples[index]
                 stop = start + len(sample.tokens_T)
                 out.tokens[place, start:stop] = sample.tokens_T
-                # THE shift, the only one: place t gets the label and weight of token t + 1 of its own sample; the last keeps -100 and 0.
+                # THE shift, the only one: place t gets label, weight and columns of token t + 1 of its own sample; the last keeps -100 and 0.
                 out.labels[place, start : stop - 1] = sample.labels_T[1:]
                 out.loss_weight[place, start : stop - 1] = sample.weight_T[1:]
+                for name, values_T in sample.columns.items():
+                    out.columns[name][place, start : stop - 1] = values_T[1:]
                 out.position_ids[place, start:stop] = torch.arange(stop - start)
                 out.segment_ids[place, start:stop] = segment
                 start = stop
             out.position_ids[place, start:] = torch.arange(s - start)
         return out
+
+    def unpacked(self, rows: Sequence[int], values_bs: Tensor) -> dict[int, Tensor]:
+        """{index of a sample: its [T]} of values [b, s] in the places of the labels of batch(rows); each at its token's own place, the first 0.
+
+        Undoes the shift of `batch`: a column that went in comes out, but for its first value, which no place has."""
+        found = {}
+        for place, row in enumerate(rows):
+            start = 0
+            for index in () if row == BLANK_ROW else self.rows[row]:
+                stop = start + len(self.samples[index].tokens_T)
+                found[index] = torch.cat((values_bs.new_zeros(1), values_bs[place, start : stop - 1]))
+                start = stop
+        return found
 
     def loss_tokens(self, row: int) -> int:
         """Tokens of a row that have a loss: a label, and a weight that is not 0."""
@@ -121,11 +143,13 @@ class PackedRows:
         return () if row == BLANK_ROW else tuple(self.samples[i].source for i in self.rows[row])
 
     def fingerprint(self) -> int:
-        """A number of 56 bits that changes with any token, label, weight or row: a saved position is checked against it."""
+        """A number of 56 bits that changes with any token, label, weight, column or row: a saved position is checked against it."""
         digest = hashlib.sha256(repr((self.seq_length, self.rows)).encode())
         for sample in self.samples:
             for tensor in (sample.tokens_T, sample.labels_T, sample.weight_T):
                 digest.update(tensor.numpy().tobytes())
+            for name in sorted(sample.columns):
+                digest.update(name.encode() + sample.columns[name].numpy().tobytes())
         return int.from_bytes(digest.digest()[:7], "big")
 
 
@@ -182,7 +206,8 @@ def pack_samples(
         truncated=tuple(truncated),
         dropped=tuple(dropped),
     )
-    return PackedRows(tuple(kept), tuple(map(tuple, rows)), seq_length, pad_id, report)
+    columns = tuple(sorted({name for sample in kept for name in sample.columns}))
+    return PackedRows(tuple(kept), tuple(map(tuple, rows)), seq_length, pad_id, report, columns)
 
 
 def plan_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -230,5 +255,6 @@ def cu_seqlens(segment_ids_bs: Tensor) -> Tensor:
 
 def _truncate(sample: Sample, seq_length: int) -> Sample | None:
     """The first seq_length tokens; None when no trained token is left among them."""
-    cut = Sample(sample.tokens_T[:seq_length], sample.labels_T[:seq_length], sample.weight_T[:seq_length], sample.source)
+    columns = {name: values[:seq_length] for name, values in sample.columns.items()}
+    cut = Sample(sample.tokens_T[:seq_length], sample.labels_T[:seq_length], sample.weight_T[:seq_length], sample.source, columns)
     return cut if (cut.labels_T[1:] != IGNORE_INDEX).any() else None

@@ -11,8 +11,8 @@ Turns after the last trained one are not rendered: under a causal mask they cann
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +34,7 @@ Span = tuple[int, int]  # first token of a turn, one past its last
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One conversation as tokens; not shifted."""
+    """One conversation as tokens; not shifted.  ValueError for columns that are not one value per token."""
 
     tokens_T: Tensor
     """int64."""
@@ -44,6 +44,15 @@ class Sample:
     """fp32: the turn's weight where it is trained, 0 elsewhere."""
     source: str
     """file:line"""
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """fp32 [T] each, by name: what else is known of a token (expert, advantage, old_logp, ...), at the token's own place like its label."""
+
+    def __post_init__(self):
+        for name, values in self.columns.items():
+            if values.shape != self.tokens_T.shape:
+                raise ValueError(
+                    f"{self.source}: got column '{name}' of shape {list(values.shape)}, expected one value per token, {list(self.tokens_T.shape)}"
+                )
 
 
 class ConversationEncoder:

@@ -1,11 +1,15 @@
-"""What the objectives share: one product, one scalar, one check.  T: tokens of this call."""
+"""What the objectives share: products, scalars, checks.  T: tokens of this call."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-__all__ = ["as_scalar", "check_number", "weighted_nll"]
+from megatron_plugin.kernels.token_stats import TokenStats
+
+__all__ = ["as_scalar", "check_choice", "check_number", "is_neutral", "of_tokens", "weighted_nll"]
 
 INF = float("inf")
 
@@ -45,3 +49,23 @@ def check_number(
     right = f"{high:g}]" if infinite or high < INF else "inf)"
     hint = "; YAML reads 1e-4 as text, write 1.0e-4" if isinstance(value, str) else ""
     raise ValueError(f"loss '{loss}': got {name}={value!r}, expected a number in {left}, {right} or a 0-d tensor{hint}")
+
+
+def check_choice(loss: str, name: str, value: object, choices: Iterable[str]) -> None:
+    """ValueError unless `value` is one of the names in `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"loss '{loss}': got {name}={value!r}, expected one of {', '.join(choices)}")
+
+
+def is_neutral(value: float | Tensor, neutral: float) -> bool:
+    """Whether a parameter is known to change nothing.  A tensor never is: reading it would stop the device."""
+    return not isinstance(value, Tensor) and value == neutral
+
+
+def of_tokens(chosen_T: Tensor, stats: TokenStats) -> TokenStats:
+    """`stats` where `chosen_T` ([T] bool), 0 elsewhere, with exactly no gradient there.
+
+    For a term of some tokens only: what the others' inputs hold (NaN where nothing was sampled) stays out of their gradient, which
+    `where` on the finished terms alone would not do, since 0 * NaN is NaN.
+    """
+    return TokenStats(*(torch.where(chosen_T, column, 0.0) for column in stats))

@@ -23,11 +23,11 @@ FORM = "a loss is fn(stats, inputs, *, parameter=default, ...) -> TokenTerms"
 FILLED_LATER = {"vocab_size"}  # by TokenLoss.for_vocabulary, from the logits
 
 
-def bind(loss: str | Callable | TokenLoss, /, **params: float | Tensor) -> TokenLoss:
+def bind(loss: str | Callable | TokenLoss, /, **params: float | str | Tensor) -> TokenLoss:
     """The loss with its parameters, checked.
 
     loss: a name of LOSSES, a dotted path 'package.module.function', a function, or a TokenLoss whose parameters are to be changed.
-    params: its keyword parameters, numbers or 0-d tensors; `entropy_bonus` and `z_loss` (coefficients) go with every loss.
+    params: its keyword parameters, numbers, 0-d tensors or names; `entropy_bonus` and `z_loss` (coefficients) go with every loss.
     A function of yours is tried on made-up tokens to learn whether it is token-local, which costs milliseconds: bind once, not per step.
     ValueError for an unknown loss or parameter, a missing or impossible one, and a function that does not return one value per token.
     """
@@ -38,7 +38,8 @@ def bind(loss: str | Callable | TokenLoss, /, **params: float | Tensor) -> Token
     added = {name: value for name, value in params.items() if name in REGULARISERS}
     for name, value in added.items():
         check_number(found.name, name, value)
-    bound = TokenLoss(found.fn, {**found.params, **own}, {**found.regularisers, **added}, found.token_local, found.twin, bound=True)
+    merged = {"params": {**found.params, **own}, "regularisers": {**found.regularisers, **added}}
+    bound = replace(found, **merged, bound=True, tried={})
     _check_parameters(bound)
     if _is_built_in(bound):
         if own:

@@ -39,10 +39,16 @@ class TokenInputs:
     ref_logp: Tensor | None = None
     """fp32, nats.  log-probability under the frozen reference policy."""
     extra: Mapping[str, Tensor] = field(default_factory=dict)
-    """Inputs of user-defined losses by name."""
+    """Inputs without a field of their own, by name: those of user-defined losses; `sequence` (gspo), `reward` and `entropy` (srft)."""
 
     def require(self, name: str, loss: str) -> Tensor:
-        """The field `name`; ValueError naming the loss that needs it when it is missing."""
+        """The field `name`, or 'extra.<key>'; ValueError naming the loss that needs it when it is missing."""
+        if name.startswith("extra."):
+            key = name.removeprefix("extra.")
+            if key in self.extra:
+                return self.extra[key]
+            given = f"{{'{key}': ...}}"
+            raise ValueError(f"loss '{loss}' needs inputs.{name} (one value per token) and got none; pass inputs=TokenInputs(extra={given})")
         value = getattr(self, name)
         if value is None:
             raise ValueError(f"loss '{loss}' needs inputs.{name} (one value per token) and got None; pass inputs=TokenInputs({name}=...)")
@@ -67,7 +73,8 @@ class TokenTerms(NamedTuple):
     weight: Tensor | None = None
     """[T] fp32, detached: the factor in front of -logp.  None means 1, or that the method has no such factor."""
     metrics: Mapping[str, Tensor] = {}
-    """[T] fp32 each, detached: summed over live tokens for the log."""
+    """[T] fp32 each, detached: summed over live tokens for the log.  One called expert/... or rollout/... is 0 on the tokens of the other
+    source: its mean is the sum over the number of live tokens of its own source, not over all."""
 
 
 class TermsError(ValueError):
@@ -99,14 +106,16 @@ class TokenLoss:
 
     fn: LossFunction
     """fn(stats, inputs, **params) -> TokenTerms."""
-    params: Mapping[str, float | Tensor] = field(default_factory=dict)
-    """Numbers, or 0-d tensors where a value changes each step without recompiling (mu, ramps)."""
+    params: Mapping[str, float | str | Tensor] = field(default_factory=dict)
+    """Numbers, or 0-d tensors where a value changes each step without recompiling (ramps); text where the loss takes a name."""
     regularisers: Mapping[str, float | Tensor] = field(default_factory=dict)
     """Coefficients of regularisers.REGULARISERS added to every token's loss."""
     token_local: bool = True
     """True when each token's term depends on that token alone, so gradients may be formed inside the forward."""
     twin: Callable | str | None = None
     """The same loss as a @triton.jit function (kernels/weighting.py), or its dotted path; None: its terms are formed in PyTorch on [T] vectors."""
+    twin_params: tuple[str, ...] | None = None
+    """The parameters that the twin takes; None: all.  With another one away from its default the twin is another loss, and is not used."""
     bound: bool = False
     """Set by `bind`: parameters checked and token_local probed, so binding again costs nothing."""
     tried: dict = field(default_factory=dict, repr=False, compare=False)

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from megatron_plugin.losses.algebra import check_number
 from megatron_plugin.losses.contract import TokenInputs, TokenStats, TokenTerms
+from megatron_plugin.losses.kl import LOG_RATIO_MAX
+from megatron_plugin.losses.rollout_options import with_rollout_options
 
-LOG_RATIO_MAX = 20.0  # nats, as verl and Trinity: e^20 is finite in fp32 and far outside every clip
 
-
+@with_rollout_options()
 def grpo(
     stats: TokenStats,
     inputs: TokenInputs,
@@ -25,14 +26,22 @@ def grpo(
     Differentiated through r; the gradient is 0 where r is clipped.  For A < 0 the loss is also bounded by -dual_clip A (verl and Trinity
     have it on at 3; TRL, slime and NeMo-RL off: dual_clip=inf).  The log-ratio is held to +-20 nats (verl; TRL and slime do not).
     A token of probability 0 under both policies has no ratio and gives NaN.
+    Besides, the options of losses/rollout_options.py: a KL to the reference, weights for rollout-trainer mismatch.
     Metrics: ratio (r), clip_frac (1 where clipped).
     ValueError without advantage, for clip_low outside [0, 1], clip_high < 0 or dual_clip <= 1.
     """
-    check_number("grpo", "clip_low", clip_low, low=0, high=1)
-    check_number("grpo", "clip_high", clip_high, low=0, infinite=True)
-    check_number("grpo", "dual_clip", dual_clip, above=1, infinite=True)
-    advantage_T = inputs.require("advantage", "grpo").to(stats.logp.dtype)
-    old_logp_T = stats.logp.detach() if inputs.old_logp is None else inputs.old_logp
+    return clipped_policy_gradient("grpo", stats, inputs, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
+
+
+def clipped_policy_gradient(
+    loss: str, stats: TokenStats, inputs: TokenInputs, *, clip_low: float | Tensor, clip_high: float | Tensor, dual_clip: float | Tensor
+) -> TokenTerms:
+    """`grpo` without its options, for losses that have it on some of their tokens; `loss` is named in errors."""
+    check_number(loss, "clip_low", clip_low, low=0, high=1)
+    check_number(loss, "clip_high", clip_high, low=0, infinite=True)
+    check_number(loss, "dual_clip", dual_clip, above=1, infinite=True)
+    advantage_T = inputs.require("advantage", loss).to(stats.logp.dtype)
+    old_logp_T = stats.logp.detach() if inputs.old_logp is None else inputs.old_logp.to(stats.logp.dtype)
     ratio_T = (stats.logp - old_logp_T).clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX).exp()
     # The minimum, branch by branch: only the upper bound can bind for A >= 0, only the lower one and the dual clip for A < 0.
     # clamp passes the gradient at a bound, where min and max would halve it.

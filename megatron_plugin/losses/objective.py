@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_plugin.kernels.objective import COLUMNS, MAX_PARAMS, Number, Objective, Twin
+from megatron_plugin.losses.algebra import is_neutral
 from megatron_plugin.losses.contract import TermsError, TokenInputs, TokenLoss, TokenStats, TokenTerms
 from megatron_plugin.losses.probe import own_metrics, saving_as_it_is
 from megatron_plugin.losses.reduction import masked_terms, term_table
@@ -68,7 +69,9 @@ def _check_constants(loss: TokenLoss) -> None:
 
 
 def resolve_twin(loss: TokenLoss) -> Callable | None:
-    """The @triton.jit function of a loss; None without one, or where Triton is not installed."""
+    """The @triton.jit function of a loss; None without one, where Triton is not installed, or with a parameter set that it does not know."""
+    if not _twin_knows_all(loss):
+        return None
     if not isinstance(loss.twin, str):
         return loss.twin
     if find_spec("triton") is None:
@@ -77,9 +80,22 @@ def resolve_twin(loss: TokenLoss) -> Callable | None:
     return getattr(import_module(module), name)
 
 
+def _keywords(loss: TokenLoss) -> list[inspect.Parameter]:
+    """The parameters of the loss's function after (stats, inputs), in the order of its signature."""
+    return [p for p in list(inspect.signature(loss.fn).parameters.values())[2:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+
+
+def _twin_knows_all(loss: TokenLoss) -> bool:
+    """Whether every parameter that the twin does not take has its default; a tensor has not, since reading it would stop the device."""
+    if loss.twin_params is None:
+        return True
+    defaults = {p.name: p.default for p in _keywords(loss) if p.name not in loss.twin_params}
+    return all(is_neutral(value, defaults[name]) for name, value in loss.params.items() if name in defaults)
+
+
 def _twin_params(loss: TokenLoss) -> tuple[Number, ...]:
-    """Values of the loss's keyword parameters in the order of its signature: p0, p1, ... of the twin."""
-    keywords = [p for p in list(inspect.signature(loss.fn).parameters.values())[2:] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    """Values of the twin's parameters in the order of the signature: p0, p1, ..."""
+    keywords = [p for p in _keywords(loss) if loss.twin_params is None or p.name in loss.twin_params]
     if len(keywords) > MAX_PARAMS:
         raise ValueError(f"loss '{loss.name}' has {len(keywords)} parameters, a twin takes {MAX_PARAMS} (kernels/weighting.py); drop its twin")
     return tuple(loss.params.get(p.name, p.default) for p in keywords)

@@ -207,10 +207,10 @@ def _kept_metrics(fn: LossFunction, given: frozenset[str], tensors: tuple[str, .
     return _try_metrics(fn, given, (*((name, torch.tensor(1.0, device="cpu")) for name in tensors), *numbers))
 
 
-def metric_names(loss: TokenLoss) -> list[str]:
-    """Names of what `loss` reports when it is given no inputs beside a coefficient, "lm loss" included.
+def metric_names(loss: TokenLoss, given: frozenset[str] = frozenset()) -> list[str]:
+    """Names of what `loss` reports when it is given the inputs `given` (of TokenInputs, "extra.<name>") beside a coefficient, "lm loss" included.
 
-    ValueError where the loss needs more (an advantage, say): supervised training has none to give.
+    ValueError where the loss needs more: supervised training has no advantage to give, say.
     """
-    own = own_metrics(loss, frozenset())
+    own = own_metrics(loss, given)
     return ["lm loss", *(name for name in BASE_METRICS if name != "loss"), *own, *loss.regularisers]

@@ -8,15 +8,19 @@ from typing import Any
 __all__ = ["MU_PRESETS", "mu_schedule"]
 
 MU_PRESETS: dict[str, dict[str, Any]] = {
+    # The names are those of loss `chord`'s presets, which have the expert tokens' weight that goes with each.
     # CHORD-mu, token loss sft: the comments of Trinity's yaml, ms-swift's example.  The paper decays over 30 steps in A.1, 200 in Fig. 7.
     "mu": {"warmup_steps": 0, "decay_steps": 200, "peak": 0.9, "valley": 0.05},
     # CHORD-phi, token loss chord_phi: mu is constant.
     "phi": {"warmup_steps": 0, "decay_steps": 0, "peak": 0.1, "valley": 0.1},
+    # The paper's importance-sampling baseline, token loss sft_is: no mu of its own is known to us; that of phi, to compare the weights.
+    "is": {"warmup_steps": 0, "decay_steps": 0, "peak": 0.1, "valley": 0.1},
     # mix_chord.yaml as shipped, token loss chord_phi.
     "shipped": {"warmup_steps": 200, "decay_steps": 400, "peak": 0.5, "valley": 0.02},
     # The defaults of Trinity's MIXCHORDPolicyLossFn, token loss chord_phi.
     "trinity": {"warmup_steps": 0, "decay_steps": 0, "peak": 0.1, "valley": 0.1},
 }
+MU_PRESETS |= {f"chord_{name}": MU_PRESETS[name] for name in ("mu", "phi", "is")}
 
 
 def mu_schedule(step: int, *, warmup_steps: int, decay_steps: int, peak: float, valley: float) -> float:

@@ -19,9 +19,10 @@ import yaml
 from megatron_plugin.config import Config, ConfigError, as_config_error, load_config
 from megatron_plugin.data import load_tokenizer, true_vocab_size
 from megatron_plugin.hooks.mcore import check_megatron_core
-from megatron_plugin.hooks.weights import ModelFields, WeightsError, export_hf, hf_config_of, import_hf, read_hf_config, transformer_fields
+from megatron_plugin.hooks.weights import ModelFields, WeightsError, export_hf, import_hf, read_hf_config, transformer_fields
 from megatron_plugin.hooks.weights.files import TOKENIZER_FILES, copy_files
-from megatron_plugin.trainer.checkpoint import CheckpointError, find_checkpoint, load_checkpoint, read_state, save_checkpoint
+from megatron_plugin.trainer.checkpoint import find_checkpoint, load_checkpoint, read_state, save_checkpoint
+from megatron_plugin.trainer.hf_model import hf_config_for, run_values
 from megatron_plugin.trainer.model import DTYPES, build_model, transformer_config
 from megatron_plugin.trainer.world import world
 
@@ -70,11 +71,11 @@ def export_model(
     check_megatron_core()
     checkpoint = find_checkpoint(run_dir)
     run, state = checkpoint.parent.parent, read_state(checkpoint)
-    values = _run_values(run)
+    values = run_values(run)
     config = _config({"model": values["model"], "train": {"dtype": values.get("train", {}).get("dtype", "fp32")}}, overrides, world_size,
                      settable=("parallel.",))  # fmt: skip
-    origin = Path(like) if like else _origin(run, values)
-    hf_config = read_hf_config(origin) if origin else _made_config(run, values, config, state["vocab_size"])
+    origin = Path(like) if like else None
+    hf_config, origin = (read_hf_config(origin), origin) if origin else hf_config_for(run, values, state["vocab_size"])
     with world(config):
         chunks = _build(config, state["vocab_size"])
         load_checkpoint(checkpoint, chunks)
@@ -129,38 +130,3 @@ def _config(values: dict[str, Any], overrides: Sequence[str], world_size: int, *
         file = Path(folder) / "config.yaml"
         file.write_text(yaml.safe_dump(values | {"train": values["train"] | batch}))
         return load_config(file, overrides, world_size=world_size)
-
-
-def _run_values(run: Path) -> dict[str, Any]:
-    """config.yaml of a run directory, as it is."""
-    try:
-        values = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{run / 'config.yaml'}: cannot be read ({error}), expected the run's configuration beside its checkpoints/") from error
-    if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
-        raise CheckpointError(f"{run / 'config.yaml'}: got no section 'model', expected the run's configuration")
-    return values
-
-
-def _origin(run: Path, values: dict[str, Any]) -> Path | None:
-    """The directory with config.json of the import at the beginning of the chain of checkpoint.init; None where it leads to none."""
-    for _ in range(100):
-        if (run / "tokenizer" / "config.json").is_file():
-            return run / "tokenizer"
-        init = (values.get("checkpoint") or {}).get("init")
-        if not init:
-            return None
-        try:
-            run = find_checkpoint(init).parent.parent
-            values = _run_values(run)
-        except CheckpointError:
-            return None
-    return None
-
-
-def _made_config(run: Path, values: dict[str, Any], config: Config, vocab_size: int) -> dict[str, Any]:
-    """config.json for a run that began with random weights, with the ids of its tokenizer's control tokens."""
-    length = (values.get("data") or {}).get("seq_length", config.data.seq_length)
-    tokenizer = load_tokenizer(run / "tokenizer")
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return hf_config_of(values["model"], vocab_size=vocab_size, max_positions=length) | ids

@@ -13,7 +13,9 @@ from megatron_plugin.data import (
     BadLines,
     Conversation,
     PackedRows,
+    PromptSet,
     encode_all,
+    encode_prompts,
     load_tokenizer,
     pack_samples,
     pad_id,
@@ -41,6 +43,8 @@ class Datasets:
     train: PackedRows
     evals: Sequence[EvalSet]
     bad_lines: BadLines
+    prompts: PromptSet | None = None
+    """On-policy: what completions are sampled of."""
 
 
 def prepare_datasets(config: Config, run_dir: Path, weights_from: Path | None) -> Datasets:
@@ -58,7 +62,8 @@ def prepare_datasets(config: Config, run_dir: Path, weights_from: Path | None) -
         bad_lines=bad_lines,
     )  # fmt: skip
     evals = [_eval_set(config, name, path, tokenizer) for name, path in eval_files.items()]
-    return Datasets(tokenizer, true_vocab_size(tokenizer), rows, evals, bad_lines)
+    prompts = _prompts(config, run_dir, train, tokenizer) if config.rollout else None
+    return Datasets(tokenizer, true_vocab_size(tokenizer), rows, evals, bad_lines, prompts)
 
 
 def _files(config: Config, run_dir: Path) -> tuple[list[Path], dict[str, Path]]:
@@ -77,6 +82,18 @@ def _files(config: Config, run_dir: Path) -> tuple[list[Path], dict[str, Path]]:
 
 def _read(config: Config, files: Sequence[Path], bad_lines: BadLines) -> list[Conversation]:
     return [c for path in files for c in read_conversations(path, train_on=config.data.train_on, bad_lines=bad_lines)]
+
+
+def _prompts(config: Config, run_dir: Path, train: Sequence[Conversation], tokenizer) -> PromptSet:
+    """Those of data.prompts; else embedded ones beside embedded training data, and the training data's own beside a person's.
+
+    srft always takes the latter: its demonstrations answer the prompts that are sampled."""
+    files = [Path(path) for path in config.data.prompts]
+    if not files and not config.data.train:
+        files = [run_dir / "data" / "prompts.jsonl"]
+    if files and config.loss_name != "srft":
+        train = [c for path in files for c in read_conversations(path)]
+    return encode_prompts(train, tokenizer, longest=config.data.seq_length - config.rollout.max_tokens)
 
 
 def _tokenizer(config: Config, run_dir: Path, weights_from: Path | None, train: Sequence[Conversation]):

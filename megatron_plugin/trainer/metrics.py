@@ -11,19 +11,22 @@ __all__ = ["RunLog", "read_metrics", "step_metrics"]
 
 SHOWN = {  # metric -> (heading, format): the line on the terminal
     "train/loss": ("loss", ".4f"), "train/nll": ("nll", ".4f"), "train/token_prob": ("p", ".3f"), "train/entropy": ("H", ".3f"),
-    "train/weight_mean": ("w", ".3f"), "train/grad_norm": ("gnorm", ".3f"), "train/lr": ("lr", ".1e"), "perf/tokens_per_s": ("tok/s", ",.0f"),
+    "train/weight_mean": ("w", ".3f"), "train/mu": ("mu", ".2f"), "rollout/reward_mean": ("reward", ".3f"), "rollout/len_mean": ("len", ".0f"),
+    "perf/generate_s": ("gen_s", ".1f"), "perf/train_s": ("train_s", ".1f"), "perf/sync_s": ("sync_s", ".2f"), "train/grad_norm": ("gnorm", ".3f"), "train/lr": ("lr", ".1e"), "perf/tokens_per_s": ("tok/s", ",.0f"),
 }  # fmt: skip
 RENAMED = {"lm loss": "loss", "weight": "weight_mean", "cll": "cll_mean", "phi": "phi_mean"}
+OF_ROLLOUTS = ("ratio_mean", "logp_diff_max", "k3")  # measured by the trainer, about the rollouts
 
 
-def step_metrics(means: dict[str, float], *, grad_norm: float, lr: float, seconds: float, tokens: int, bad_lines: int) -> dict[str, float]:
-    """The house's metric names from the token means of a step.  `tokens`: all tokens of the step, with and without a loss."""
+def step_metrics(means: dict[str, float], *, seconds: float, bad_lines: int) -> dict[str, float]:
+    """The house's metric names from the means of a step; those that have a slash in their name keep it.
+
+    means["tokens"]: all tokens of the step, with and without a loss."""
     named = {RENAMED.get(name, name): value for name, value in means.items()}
-    weight_sq = named.pop("weight_sq")
-    metrics = {f"train/{name}": value for name, value in named.items()}
+    weight_sq, tokens = named.pop("weight_sq"), named.pop("tokens")
+    metrics = {name if "/" in name else f"rollout/{name}" if name in OF_ROLLOUTS else f"train/{name}": value for name, value in named.items()}
     metrics["train/weight_ess"] = named["weight_mean"] ** 2 / weight_sq if weight_sq else 0.0  # share of tokens that carry the weight
-    metrics |= {"train/grad_norm": grad_norm, "train/lr": lr, "perf/step_s": seconds, "perf/tokens_per_s": tokens / seconds}
-    return metrics | {"data/bad_lines": float(bad_lines)}
+    return metrics | {"perf/step_s": seconds, "perf/tokens_per_s": tokens / seconds, "data/bad_lines": float(bad_lines)}
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:

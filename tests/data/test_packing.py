@@ -1,5 +1,7 @@
 """Rows: nothing lost, nothing across a boundary, nothing silent.   b: rows, s: tokens a row."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -184,3 +186,51 @@ def test_the_fingerprint_sees_every_change():
     prints.add(pack_samples(base, 10, pad_id=PAD).fingerprint())
     prints.add(pack_samples(base, 9, pad_id=PAD, packing=False).fingerprint())
     assert len(prints) == 6 and all(0 <= p < 2**56 for p in prints)
+
+
+@st.composite
+def samples_with_columns(draw) -> list[Sample]:
+    """sample_lists with some of three columns on each sample, every value in them different from all others."""
+    names, first, found = ("advantage", "expert", "mine"), 1, []
+    for one in draw(sample_lists()):
+        columns = {}
+        for name in draw(st.sets(st.sampled_from(names))):
+            columns[name] = torch.arange(first, first + len(one.tokens_T), dtype=torch.float32)
+            first += len(one.tokens_T)
+        found.append(replace(one, columns=columns))
+    return found
+
+
+@settings(max_examples=80, deadline=None)
+@given(samples=samples_with_columns(), packing=st.booleans(), seq_length=st.integers(12, 30))
+def test_columns_follow_their_labels(samples, packing, seq_length):
+    """Where a token is the label, its column's value is beside it; where a sample has no such column, 0; and unpacked it is at its token again."""
+    rows = pack_samples(samples, seq_length, pad_id=PAD, packing=packing)
+    batch = rows.batch([*range(len(rows)), BLANK_ROW])
+    assert tuple(batch.columns) == rows.columns == tuple(sorted({name for one in samples for name in one.columns}))
+    owner = {int(token): (one, t) for one in samples for t, token in enumerate(one.tokens_T)}
+    for name, values in batch.columns.items():
+        assert values.shape == batch.tokens.shape and values.dtype == torch.float32
+        for token, value in zip(batch.tokens.flatten().tolist(), values.flatten().tolist(), strict=True):
+            one, t = owner.get(token, (None, None))
+            behind = one is not None and name in one.columns and t + 1 < len(one.tokens_T)
+            assert value == (float(one.columns[name][t + 1]) if behind else 0.0), "the value of the token that this place predicts"
+        back = rows.unpacked([*range(len(rows)), BLANK_ROW], values)
+        for index, one in enumerate(rows.samples):
+            expected = one.columns.get(name, torch.zeros(len(one.tokens_T)))
+            assert back[index][0] == 0 and torch.equal(back[index][1:], expected[1:])
+
+
+def test_columns_are_mapped_cut_and_part_of_the_fingerprint():
+    def with_column(*values: float) -> Sample:
+        return replace(sample(4), columns={"advantage": torch.tensor(values)})
+
+    rows = pack_samples([with_column(1, 2, 3, 4), sample(3, first=7)], 3, pad_id=PAD, overlong="truncate")
+    batch = rows.batch([0, 1])
+    assert batch.columns["advantage"].tolist() == [[2, 3, 0], [0, 0, 0]]
+    doubled = batch.map(lambda x: 2 * x)
+    assert doubled.columns["advantage"].tolist() == [[4, 6, 0], [0, 0, 0]] and doubled.tokens.tolist() == (2 * batch.tokens).tolist()
+    prints = {pack_samples([one], 9, pad_id=PAD).fingerprint() for one in (sample(4), with_column(1, 2, 3, 4), with_column(1, 2, 3, 5))}
+    assert len(prints) == 3
+    with pytest.raises(ValueError, match=r"x.jsonl:1: got column 'advantage' of shape \[2\], expected one value per token, \[4\]"):
+        with_column(1, 2)

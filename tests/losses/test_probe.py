@@ -16,7 +16,13 @@ from tests.losses import user_losses
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_built_in_is_what_it_says(name):
     """Built-ins are not probed at bind; here they are."""
-    assert is_token_local(bind(name)) == bind(name).token_local is True
+    assert is_token_local(bind(name)) == bind(name).token_local == (name != "gspo"), "GSPO needs the whole sequence"
+
+
+@pytest.mark.parametrize("name", ["grpo", "cispo", "chord", "srft"])
+def test_options_stay_token_local(name):
+    assert is_token_local(bind(name, kl=0.1, tis=2.0, icepop_low=0.5, icepop_high=3.0))
+    assert is_token_local(bind("srft", preset="code", entropy_scope="batch"))
 
 
 @pytest.mark.parametrize("fn", user_losses.LOCAL, ids=lambda fn: fn.__name__)

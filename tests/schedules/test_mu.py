@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from megatron_plugin.losses.chord import EXPERT_TERM
 from megatron_plugin.schedules.mu import MU_PRESETS, mu_schedule
 
 TABLES = [  # warmup, decay, peak, valley, {step: mu}
@@ -39,15 +40,20 @@ def test_shape(warmup, decay):
 PRESETS = {
     "mu": (0, 200, 0.9, 0.05),
     "phi": (0, 0, 0.1, 0.1),
+    "is": (0, 0, 0.1, 0.1),
     "shipped": (200, 400, 0.5, 0.02),
     "trinity": (0, 0, 0.1, 0.1),
 }
+
+
+PRESETS |= {f"chord_{name}": PRESETS[name] for name in ("mu", "phi", "is")}
 
 
 def test_presets():
     assert {name: tuple(preset.values()) for name, preset in MU_PRESETS.items()} == PRESETS
     for name, arguments in PRESETS.items():
         assert mu_schedule(150, **MU_PRESETS[name]) == mu(150, *arguments)
+    assert set(MU_PRESETS) == set(EXPERT_TERM), "loss.preset names a weight and a schedule at once"
 
 
 @pytest.mark.parametrize(

@@ -31,20 +31,22 @@ def one_gradient(group, *, overrides: dict, loss: str) -> tuple[float, dict[str,
     from megatron.core import parallel_state, tensor_parallel
 
     from megatron_plugin.hooks.cpu_platform import cpu_platform
-    from megatron_plugin.trainer import loop
+    from megatron_plugin.trainer.run import start
     from megatron_plugin.trainer.step import run_rows
+    from megatron_plugin.trainer.supervised import Supervised
 
     config = _config(overrides, group.size())
     with contextlib.redirect_stdout(io.StringIO()), cpu_platform():
         parallel_state.initialize_model_parallel(config.parallel.tensor, config.parallel.pipeline)
         torch.manual_seed(config.seed)
         tensor_parallel.model_parallel_cuda_manual_seed(config.seed)
-        run = loop._start(config)
-        rows = run.order.next_step()
+        run = start(config)
+        source = Supervised(run)
+        rows = source.order.next_step()
         if loss == "megatron":
             means = _megatron_step(config, run, rows)
         else:
-            means = run_rows(config, run.chunks, run.handle, run.data.train, rows, run.names, train=True)
+            means = run_rows(config, run.chunks, run.handle, run.data.train, rows, source.names, train=True)
         gradients = {n: p.main_grad.clone() for chunk in run.chunks for n, p in chunk.module.named_parameters()}
         parallel_state.destroy_model_parallel()
     return means["lm loss"], gradients
@@ -105,12 +107,13 @@ def save_and_load(group, *, overrides: dict, optimizer: bool, sharding: str | No
 def greedy_answers(group, *, overrides: dict, limit: int) -> list[str]:
     """What the model continues three held-out prompts with."""
     from megatron_plugin.data import ConversationEncoder
-    from megatron_plugin.trainer import answers, loop
+    from megatron_plugin.trainer import answers
+    from megatron_plugin.trainer.run import start
     from megatron_plugin.trainer.world import world
 
     config = _config(overrides, group.size())
     with contextlib.redirect_stdout(io.StringIO()), world(config):
-        run = loop._start(config)
+        run = start(config)
         encoder = ConversationEncoder(run.data.tokenizer)
         prompts = [encoder.prompt(c) for c in run.data.evals[0].conversations[:3]]
         return answers._continue(config, run.chunks, run.data.tokenizer, prompts, limit, run.data.vocab_size)

@@ -1,0 +1,98 @@
+"""What of the section `rollout` can be known to be impossible before torch is imported."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+from urllib.parse import urlsplit
+
+from megatron_plugin.config.errors import ConfigError
+from megatron_plugin.config.schema import Config
+
+__all__ = ["MIXED_LOSSES", "check_rollout", "check_rollout_world"]
+
+MIXED_LOSSES = ("chord", "srft")
+"""Losses with a term for expert tokens and one for rollout tokens."""
+CORRECTIONS = ("tis", "icepop_low", "icepop_high")
+"""Parameters of losses that correct the rollout-trainer mismatch token by token."""
+
+
+def check_rollout(config: Config) -> None:
+    """ConfigError for a section that cannot work, or for what needs one and has none."""
+    rollout = config.rollout
+    if rollout is None:
+        if config.loss_name in MIXED_LOSSES:
+            _fail(config, "loss.name", f"got {config.loss_name}, expected a section rollout beside it: it mixes expert data with rollouts; "
+                  "for supervised training use chord_phi or srft_demo")  # fmt: skip
+        return
+    _check_engine(config)
+    _check_sampling(config)
+    if config.mu is not None and config.loss_name != "chord" and "." not in config.loss_name:
+        _fail(config, "mu", f"got a schedule, expected none: loss {config.loss_name} has no share of expert data; leave it out, or use loss.name=chord")
+    if config.loss_name == "srft" and config.data.prompts:
+        _fail(config, "data.prompts", "got files, expected none with loss srft: its prompts are those of the demonstrations in data.train")
+    if config.loss_name == "gspo" and config.parallel.context > 1:
+        _fail(config, "parallel.context", f"got {config.parallel.context}, expected 1 with loss gspo: its ratio is over whole sequences, which context "
+              "parallelism cuts")  # fmt: skip
+    if rollout.advantage_scale == "group" and rollout.n == 1:
+        _fail(config, "rollout.n", "got 1, expected at least 2: a group of one has no advantage; or set rollout.advantage_scale=none or batch")
+
+
+def _check_engine(config: Config) -> None:
+    rollout = config.rollout
+    if (rollout.engine == "server") != bool(rollout.url):
+        expected = "the addresses of running servers" if rollout.engine == "server" else "nothing: rollout.engine=vllm starts its own"
+        _fail(config, "rollout.url", f"got {', '.join(rollout.url) or 'nothing'}, expected {expected}")
+    for url in rollout.url:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
+            _fail(config, "rollout.url", f"got {url!r}, expected scheme, host and port, such as http://10.0.0.7:8000")
+    if len(set(rollout.url)) < len(rollout.url):
+        _fail(config, "rollout.url", "got one address twice, expected each server once")
+    if rollout.max_staleness > 1:
+        _fail(config, "rollout.max_staleness", f"got {rollout.max_staleness}, expected 0 or 1: one rollout batch is sampled ahead, not more")
+    if rollout.max_staleness and rollout.sleep:
+        _fail(config, "rollout.sleep", "got true, expected false with rollout.max_staleness=1: the engine samples while the trainer trains")
+    if rollout.max_staleness and not _corrected(config):
+        _fail(config, "rollout.max_staleness", "got 1, expected a correction for samples of older weights beside it: loss.tis=2.0, or rollout.correction")
+
+
+def _check_sampling(config: Config) -> None:
+    rollout = config.rollout
+    if rollout.temperature == 0:
+        _fail(config, "rollout.temperature", "got 0, expected above 0: greedy completions of a group are all the same")
+    if rollout.top_p == 0:
+        _fail(config, "rollout.top_p", "got 0, expected above 0, and 1 for all tokens")
+    if (rollout.top_p < 1 or rollout.top_k > 0) and not _corrected(config):
+        key = "rollout.top_p" if rollout.top_p < 1 else "rollout.top_k"
+        _fail(config, key, "got a cut support, which the trainer's log-probabilities do not have, expected a correction beside it: loss.tis=2.0, "
+              "or rollout.correction")  # fmt: skip
+    if rollout.max_tokens >= config.data.seq_length:
+        _fail(config, "rollout.max_tokens", f"got {rollout.max_tokens}, expected less than data.seq_length ({config.data.seq_length}): "
+              "prompt and completion share a row")  # fmt: skip
+    if rollout.overlong_buffer > rollout.max_tokens:
+        _fail(config, "rollout.overlong_buffer", f"got {rollout.overlong_buffer}, expected at most rollout.max_tokens ({rollout.max_tokens})")
+    if rollout.prompts % rollout.updates:
+        _fail(config, "rollout.prompts", f"got {rollout.prompts}, expected a multiple of rollout.updates ({rollout.updates})")
+
+
+def check_rollout_world(config: Config, ranks: int) -> None:
+    """The same, with the number of data-parallel ranks."""
+    rollout = config.rollout
+    unit = ranks * rollout.updates
+    if rollout.prompts % unit:
+        because = f"{ranks} data-parallel ranks x rollout.updates {rollout.updates}"
+        _fail(config, "rollout.prompts", f"got {rollout.prompts}, expected a multiple of {unit} ({because}); try {-(-rollout.prompts // unit) * unit}")
+    if rollout.engine == "vllm" and rollout.engines > ranks:
+        _fail(config, "rollout.engines", f"got {rollout.engines}, expected at most the data-parallel ranks ({ranks}): each has one leader")
+    if config.data.expert_samples % ranks:
+        got = config.data.expert_samples
+        _fail(config, "data.expert_samples", f"got {got}, expected a multiple of the data-parallel ranks ({ranks}); try {-(-got // ranks) * ranks}")
+
+
+def _corrected(config: Config) -> bool:
+    return config.rollout.correction != "none" or any(name in config.loss for name in CORRECTIONS)
+
+
+def _fail(config: Config, key: str, reason: str) -> NoReturn:
+    where = next((origin for name, origin in config.sources.items() if name == key or name.startswith(f"{key}.")), "default")
+    raise ConfigError(reason, key, where)

@@ -1,0 +1,118 @@
+"""Weights over the network between CPUs: the trainer broadcasts each bucket to one engine's workers, in a gloo group outside of the default one.
+
+One group per engine, made for each update: an engine that dies breaks its own group only, and one that was restarted needs no special case.
+(The price: with E engines the trainer's network card sends every byte E times.)"""
+
+from __future__ import annotations
+
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_plugin.rollout.engine import EngineLostError
+from megatron_plugin.rollout.transports.bucket import Manifest
+
+__all__ = ["Gloo", "broadcast", "join", "listen"]
+
+GROUP = "megatron_plugin"
+GRACE_S = 5.0  # for the answer of an engine whose connection broke
+
+
+def listen(address: str) -> socket.socket:
+    """A socket that listens on `address` only, at a free port.  (torch's TCPStore by itself listens on every interface.)"""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.bind((address, 0))
+    except OSError as error:
+        listener.close()
+        raise ValueError(f"got {address!r} to listen on for weight transfer, expected an address of this machine: {error}") from error
+    listener.listen()
+    return listener
+
+
+def join(store: dist.Store, rank: int, world: int, address: str, timeout: timedelta) -> dist.ProcessGroupGloo:
+    """A gloo group that neither needs nor touches the default process group; this rank listens on `address` only."""
+    options = dist.ProcessGroupGloo._Options()
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+    options._timeout = timeout
+    return dist.ProcessGroupGloo(dist.PrefixStore(GROUP, store), rank, world, options)
+
+
+def broadcast(group: dist.ProcessGroupGloo, data: Tensor) -> dist.Work:
+    """[bytes] uint8 from rank 0 to all."""
+    options = dist.BroadcastOptions()
+    options.rootRank, options.rootTensor = 0, 0
+    return group.broadcast([data], options)
+
+
+class Gloo:
+    """`bind`: the trainer's address that engines connect to.  Loopback by default; another one is only used when it is named."""
+
+    backend = "megatron_plugin_gloo"
+
+    def __init__(self, bind: str = "127.0.0.1", timeout_s: float = 120.0):
+        self.bind = bind
+        self.timeout = timedelta(seconds=timeout_s)
+        self._groups: dict[int, tuple[dist.ProcessGroupGloo, dist.Store]] = {}
+        self._pool = ThreadPoolExecutor(thread_name_prefix="gloo")
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._size = 0
+
+    def open(self, engine: Any) -> None:
+        """A group with the workers of one engine.  EngineLostError when they do not come."""
+        world = 1 + engine.workers
+        listener = listen(self.bind)
+        address, port = listener.getsockname()[:2]
+        store = dist.TCPStore(address, port, world, True, self.timeout, wait_for_workers=False, master_listen_fd=listener.detach())
+        invitation = {"address": address, "port": port, "world_size": world, "timeout_s": self.timeout.total_seconds()}
+        answer = self._pool.submit(engine.init_transfer, invitation)
+        group = self._pool.submit(join, store, 0, world, address, self.timeout)
+        answer.result()
+        self._groups[id(engine)] = group.result(), store
+
+    def start_bucket(self, size: int) -> None:
+        """`size`: bytes it will hold at most."""
+        if self._buffer.numel() < size:
+            self._buffer = torch.empty(size, dtype=torch.uint8)
+        self._size = 0
+
+    def write(self, offset: int, data: Tensor) -> None:
+        """[bytes] uint8, at `offset` of the bucket."""
+        self._size = offset + data.numel()
+        self._buffer[offset : self._size].copy_(data)
+
+    def deliver(self, engine: Any, manifest: Manifest) -> None:
+        """Broadcast the bucket to one engine while it loads.  Called for several engines at once."""
+        group, _ = self._groups[id(engine)]
+        answer = self._pool.submit(engine.push, vars(manifest))
+        work = broadcast(group, self._buffer[: self._size])
+        # not wait() at once: a refusal that comes before the engine joins the broadcast would be seen at the timeout only
+        while not (work.is_completed() or answer.done()):
+            time.sleep(0.0005)
+        if answer.done():
+            answer.result()
+        try:
+            work.wait()
+        except RuntimeError as error:  # the engine's own answer says more, if there is one
+            if wait([answer], timeout=GRACE_S).done:
+                answer.result()
+            raise EngineLostError(f"{engine.name}: the connection for weights broke: {error}") from error
+        answer.result()
+
+    def end_bucket(self) -> None:
+        """The buffer is kept for the next bucket."""
+
+    def drop(self, engine: Any) -> None:
+        """Forget an engine that was lost."""
+        self._groups.pop(id(engine), None)
+
+    def close(self) -> None:
+        self._groups.clear()
+        self._pool.shutdown(wait=False)

@@ -1,0 +1,56 @@
+"""From judged completions and demonstrations to samples with the columns that losses read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from megatron_plugin.data import IGNORE_INDEX, Prompt, Sample
+from megatron_plugin.rollout.engine import Completion
+from megatron_plugin.rollout.rewards import RewardResult
+
+__all__ = ["Group", "expert_sample", "rollout_samples"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The completions of one prompt, judged."""
+
+    prompt: Prompt
+    completions: Sequence[Completion]
+    texts: Sequence[str]
+    results: Sequence[RewardResult]
+    rewards: Sequence[float]
+    """Of each completion, the punishment of its length included."""
+    advantages: Sequence[float]
+    demonstration: float = 0.0
+    """Advantage of the prompt's expert answer, where it was taken into the group (SRFT)."""
+
+
+def rollout_samples(group: Group, *, first: int) -> list[Sample]:
+    """A sample for each completion that has a token: the prompt without, the completion with a loss.  `first`: number of its first sequence."""
+    made = []
+    for number, (completion, reward, advantage) in enumerate(zip(group.completions, group.rewards, group.advantages, strict=True), first):
+        if not completion.token_ids:
+            continue
+        prompt, length = len(group.prompt.token_ids), len(completion.token_ids)
+        tokens_T = torch.tensor([*group.prompt.token_ids, *completion.token_ids], dtype=torch.int64)
+        trained_T = torch.arange(prompt + length) >= prompt
+        columns = {
+            "expert": torch.zeros(prompt + length),
+            "advantage": torch.where(trained_T, advantage, 0.0),
+            "reward": torch.where(trained_T, reward, 0.0),
+            "sequence": torch.full((prompt + length,), float(number)),
+            "rollout_logp": torch.tensor([0.0] * prompt + list(completion.logprobs)),
+        }
+        labels_T = torch.where(trained_T, tokens_T, IGNORE_INDEX)
+        made.append(Sample(tokens_T, labels_T, trained_T.float(), group.prompt.source, columns))
+    return made
+
+
+def expert_sample(sample: Sample, advantage: float = 0.0) -> Sample:
+    """The demonstration, marked as one; its reward is 1."""
+    ones_T = torch.ones(len(sample.tokens_T))
+    return replace(sample, columns={"expert": ones_T, "advantage": advantage * ones_T, "reward": ones_T.clone()})

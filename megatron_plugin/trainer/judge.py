@@ -1,0 +1,138 @@
+"""From completions to rewards and advantages.  Rewards are given on leaders, where the completions arrive."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_plugin.config import as_config_error
+from megatron_plugin.data import Prompt
+from megatron_plugin.losses.advantages import augmented_advantages, group_advantages, informative, overlong_penalty, reward_sums
+from megatron_plugin.rollout.engine import Completion
+from megatron_plugin.rollout.log import RolloutLine
+from megatron_plugin.rollout.rewards import RewardResult, RewardSample, make_reward
+from megatron_plugin.trainer.batch import Group
+from megatron_plugin.trainer.leaders import Leaders
+from megatron_plugin.trainer.run import Run
+
+__all__ = ["Judge", "Judged"]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The completions of one prompt and what each is worth, the punishment of its length included."""
+
+    prompt: Prompt
+    completions: Sequence[Completion]
+    texts: Sequence[str]
+    results: Sequence[RewardResult]
+    rewards: Sequence[float]
+
+
+ByReplica = dict[int, list[Judged]]
+
+
+class Judge:
+    """The reward and what follows from it.  Functions of a ByReplica are called by every rank; it is empty but on leaders."""
+
+    def __init__(self, run: Run, leaders: Leaders):
+        self.config, self.leaders, self.tokenizer = run.config.rollout, leaders, run.data.tokenizer
+        self.joins_demonstrations = run.config.loss_name == "srft"
+        self.wanted = self.config.prompts // leaders.replicas
+        with as_config_error("rollout.reward", run.config.sources.get("rollout.reward")):
+            self.reward = leaders.on_leaders(lambda: make_reward(self.config.reward, timeout_s=self.config.reward_timeout_s))
+
+    def judge(self, found: Sequence[tuple[Prompt, Sequence[Completion]]]) -> list[Judged]:
+        """Leaders only: every completion of these prompts."""
+        texts = [[self.tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions] for _, completions in found]
+        samples = [
+            RewardSample(prompt.text, text, prompt.reference, completion.finish_reason)
+            for (prompt, completions), own in zip(found, texts, strict=True)
+            for completion, text in zip(completions, own, strict=True)
+        ]
+        results = iter(self.reward(samples))
+        return [self._judged(prompt, completions, own, [next(results) for _ in own]) for (prompt, completions), own in zip(found, texts, strict=True)]
+
+    def _judged(self, prompt: Prompt, completions: Sequence[Completion], texts: Sequence[str], results: Sequence[RewardResult]) -> Judged:
+        config = self.config
+        punished = overlong_penalty(
+            [len(c.token_ids) for c in completions], max_tokens=config.max_tokens, buffer=config.overlong_buffer, factor=config.overlong_penalty
+        )
+        rewards = [result.reward + float(extra) for result, extra in zip(results, punished, strict=True)]
+        return Judged(prompt, completions, texts, results, rewards)
+
+    def short_of(self, judged: ByReplica) -> int:
+        """Groups that this leader's replicas lack for steps in which every group teaches."""
+        return sum(max(0, self.wanted - int(informative([j.rewards for j in own]).sum())) for own in judged.values())
+
+    def informative_first(self, judged: ByReplica, more: ByReplica) -> ByReplica:
+        """As many groups for each replica as before, of these and `more`: those that teach, in order, then the others."""
+        chosen = {}
+        for replica, own in judged.items():
+            both = own + more.get(replica, [])
+            teaches = informative([j.rewards for j in both]).tolist()
+            chosen[replica] = [both[i] for i in sorted(range(len(both)), key=lambda i: not teaches[i])[: self.wanted]]
+        return chosen
+
+    def groups(self, judged: ByReplica) -> tuple[dict[int, list[Group]], dict[str, float]]:
+        """(groups with advantages by replica, on leaders; metrics of the whole batch, on every rank)."""
+        mine = reward_sums([j.rewards for own in judged.values() for j in own])
+        sums = sum(self.leaders.everyone(mine if self.leaders.leads else torch.zeros_like(mine)))
+        groups = {replica: self._with_advantages(own, sums) for replica, own in judged.items()}
+        return groups, self._metrics(judged)
+
+    def _with_advantages(self, judged: Sequence[Judged], sums: torch.Tensor) -> list[Group]:
+        rewards = [j.rewards for j in judged]
+        if self.joins_demonstrations:
+            advantages, of_demos = augmented_advantages(rewards, [[1.0]] * len(rewards))
+            demos = [float(a) for a in of_demos]
+        else:
+            advantages, demos = group_advantages(rewards, scale=self.config.advantage_scale, sums=sums), [0.0] * len(rewards)
+        return [
+            Group(j.prompt, j.completions, j.texts, j.results, j.rewards, a.tolist(), demo)
+            for j, a, demo in zip(judged, advantages, demos, strict=True)
+        ]
+
+    def mean_reward(self, judged: ByReplica) -> float:
+        """Over all completions, without the punishment of length; the same on every rank."""
+        rewards = [result.reward for own in judged.values() for j in own for result in j.results]
+        said = self.leaders.everyone((sum(rewards), len(rewards)))
+        return sum(total for total, _ in said) / max(1, sum(count for _, count in said))
+
+    def _metrics(self, judged: ByReplica) -> dict[str, float]:
+        counts: Counter[str] = Counter()
+        for j in (j for own in judged.values() for j in own):
+            counts["groups"] += 1
+            counts["zero_groups"] += not informative([j.rewards])[0]
+            for completion, result in zip(j.completions, j.results, strict=True):
+                counts["samples"] += 1
+                counts["tokens"] += len(completion.token_ids)
+                counts["truncated"] += completion.finish_reason == "length"
+                counts["rewards"] += result.reward
+                counts["timeouts"] += result.cause in ("timeout", "memory", "crash", "error")
+        total = sum(self.leaders.everyone(counts), Counter())
+        samples, groups = max(1, total["samples"]), max(1, total["groups"])
+        return {
+            "rollout/reward_mean": total["rewards"] / samples, "rollout/len_mean": total["tokens"] / samples,
+            "rollout/truncated_frac": total["truncated"] / samples, "rollout/zero_groups": total["zero_groups"] / groups,
+            "rollout/samples": float(total["samples"]), "rollout/reward_failures": float(total["timeouts"]),
+        }  # fmt: skip
+
+    def lines(self, groups: dict[int, list[Group]], *, step: int) -> list[RolloutLine]:
+        """For rollouts.jsonl."""
+        return [
+            RolloutLine(
+                step=step, source=group.prompt.source, prompt=group.prompt.text, completion=text, tokens=len(completion.token_ids),
+                reward=result.reward, cause=result.cause, advantage=advantage, finish_reason=completion.finish_reason,
+                weight_version=completion.weight_version,
+            )
+            for own in groups.values() for group in own
+            for completion, text, result, advantage in zip(group.completions, group.texts, group.results, group.advantages, strict=True)
+        ]  # fmt: skip
+
+    def close(self) -> None:
+        if self.reward is not None:
+            self.reward.close()

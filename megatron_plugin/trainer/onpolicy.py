@@ -1,0 +1,131 @@
+"""On-policy training: rollouts with the newest weights, judged, and trained on together with expert demonstrations.
+
+    sample -> judge -> advantages -> (score) -> mix with experts -> train -> send the weights -> sample ...
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_plugin.config import as_config_error
+from megatron_plugin.config.rollout_checks import MIXED_LOSSES
+from megatron_plugin.data import RowOrder, Sample
+from megatron_plugin.losses.probe import metric_names
+from megatron_plugin.parallel.normaliser import Source
+from megatron_plugin.schedules.mu import MU_PRESETS, mu_schedule
+from megatron_plugin.trainer.batch import Group, expert_sample, rollout_samples
+from megatron_plugin.trainer.leaders import Leaders
+from megatron_plugin.trainer.mixed import MixedRows, mix, train_mixed
+from megatron_plugin.trainer.rollouts import Rollouts
+from megatron_plugin.trainer.run import Run, optimizer_step
+from megatron_plugin.trainer.scorer import Scorer
+from megatron_plugin.trainer.supervised import nll
+
+__all__ = ["OnPolicy"]
+
+GIVEN = frozenset({"advantage", "expert", "rollout_logp", "old_logp", "ref_logp", "extra.reward", "extra.entropy", "extra.sequence"})
+"""Inputs that a loss may ask for here."""
+
+
+class OnPolicy:
+    """Where the loop gets its steps from."""
+
+    def __init__(self, run: Run):
+        config = run.config
+        self.run, self.rollout = run, config.rollout
+        with as_config_error("loss", config.sources.get("loss.name")):
+            self.names = metric_names(run.loss, GIVEN)
+        self.mixes = config.loss_name in MIXED_LOSSES or ("." in config.loss_name and config.data.expert_samples > 0)
+        self.experts = run.data.train.samples
+        self.by_source = {sample.source: sample for sample in self.experts}
+        self.expert_order = RowOrder(len(self.experts), max(config.data.expert_samples, 1), config.seed, fingerprint=run.data.train.fingerprint())
+        patience = 4 * self.rollout.timeout_s + self.rollout.start_timeout_s
+        self.leaders = Leaders(len(self.rollout.url) or self.rollout.engines, timeout_s=patience)
+        self.scorer = Scorer(run)
+        self.pending: list[MixedRows] = []
+        self.metrics: dict[str, float] = {}
+        self.rollouts = Rollouts(run, self.leaders)
+        if run.position is not None:
+            self.expert_order.load_state_dict(run.position["experts"])
+            self.rollouts.resume(run.position["prompts"])
+
+    def report(self) -> list[str]:
+        """What is trained on, for the terminal."""
+        lines = self.rollouts.report()
+        if self.mixes:
+            lines.append(f"{self.run.config.data.expert_samples} expert samples a step of {len(self.experts)}: {self.run.data.train.report}")
+        return [*lines, *self.scorer.report()]
+
+    def mu(self) -> float:
+        """The share of expert data in the coming step: 0 without a loss for it."""
+        config = self.run.config
+        if config.mu is not None:
+            schedule = {name: getattr(config.mu, name) for name in ("warmup_steps", "decay_steps", "peak", "valley")}
+        elif config.loss_name == "chord":
+            schedule = MU_PRESETS[self.run.loss.params.get("preset", "phi")]
+        else:
+            return 0.0
+        return mu_schedule(self.run.step, **schedule)
+
+    def sources(self) -> tuple[Source, Source]:
+        """(expert, rollout): how each enters the loss of the coming step."""
+        mu = self.mu()
+        kind = self.rollout.aggregation
+        constant = float(self.rollout.max_tokens) if kind == "constant" else None
+        both = self.run.config.loss_name != "chord" and self.mixes and self.run.config.mu is None  # srft: unit coefficients
+        expert = Source(share=1.0 if both else mu)
+        return expert, Source(share=1.0 if both else 1 - mu, denominator=kind, constant=constant)
+
+    def step(self) -> dict[str, float]:
+        """One optimizer step: its means, grad_norm, lr, tokens, and what was measured about the rollouts."""
+        run, (expert, rollout) = self.run, self.sources()
+        self.metrics = {"mu": expert.share} if run.config.loss_name == "chord" else {}
+        if not self.pending:
+            self.pending = self._batch(bool(expert.share), bool(rollout.share))
+        begin, mixed = time.perf_counter(), self.pending.pop(0)
+
+        def gradients() -> dict[str, float]:
+            return train_mixed(run.config, run.chunks, run.handle, mixed, expert=expert, rollout=rollout, names=self.names)
+
+        means = optimizer_step(run, gradients, lambda: ", ".join(sample.source for sample in mixed.samples[:8]))
+        rows = sum(len(rows) for rows in mixed.micro_batches) * self.leaders.replicas
+        self.metrics["perf/train_s"] = time.perf_counter() - begin
+        return means | self.metrics | {"tokens": rows * run.config.data.seq_length}
+
+    def _batch(self, with_experts: bool, with_rollouts: bool) -> list[MixedRows]:
+        """What the coming optimizer steps train on: one, or rollout.updates where there are rollouts."""
+        updates = self.rollout.updates if with_rollouts else 1
+        groups: list[Group] = []
+        if with_rollouts:
+            groups, measured = self.rollouts.batch()
+            self.metrics |= measured
+        parts = []
+        for part in range(updates):
+            own = groups[part * len(groups) // updates : (part + 1) * len(groups) // updates]
+            samples = [sample for i, group in enumerate(own) for sample in rollout_samples(group, first=i * self.rollout.n)]
+            parts.append(mix(self.run.config, samples + (self._experts(own) if with_experts else [])))
+        return self.scorer.score(parts, several=updates > 1) if with_rollouts else parts
+
+    def _experts(self, groups: Sequence[Group]) -> list[Sample]:
+        """This replica's share of the step's expert samples: the next ones in order, or for srft the demonstrations of the groups' prompts."""
+        if self.run.config.loss_name == "srft":
+            return [expert_sample(self.by_source[group.prompt.source], group.demonstration) for group in groups]
+        chosen, replicas = self.expert_order.next_step(), self.leaders.replicas
+        mine = chosen[self.leaders.replica * len(chosen) // replicas : (self.leaders.replica + 1) * len(chosen) // replicas]
+        return [expert_sample(self.experts[i]) for i in mine]
+
+    def evaluate(self, *, last: bool) -> dict[str, float]:
+        """Held-out rewards, greedy and sampled, and plain NLL."""
+        metrics = self.rollouts.evaluate()
+        for held_out in self.run.data.evals:
+            metrics[f"eval/{held_out.name}_nll"] = nll(self.run, held_out, self.names)
+        return metrics
+
+    def position(self) -> dict[str, Any]:
+        """Of the data.  A checkpoint between the updates of one rollout batch points behind it: those that are left are not done again."""
+        return {"prompts": self.rollouts.position(), "experts": self.expert_order.state_dict()}
+
+    def close(self) -> None:
+        self.rollouts.close()

@@ -1,0 +1,201 @@
+"""Rollout batches: prompts to the engines, answers to the judge, groups to the step.  Every rank calls these functions together.
+
+In rounds: each leader asks its engines; when requests are missing because engines were lost, they are restarted, all ranks together send them
+the weights, and the next round asks for what is missing.  So nothing is lost, asked twice, or drawn with mixed weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_plugin.data import Prompt, RowOrder, encode_prompts
+from megatron_plugin.rollout.engine import Completion, SamplingParams
+from megatron_plugin.rollout.fleet import Fleet, Generated, Request
+from megatron_plugin.rollout.log import RolloutLog
+from megatron_plugin.trainer.batch import Group
+from megatron_plugin.trainer.engines import Engines
+from megatron_plugin.trainer.judge import Judge, Judged
+from megatron_plugin.trainer.leaders import Leaders
+from megatron_plugin.trainer.run import Run
+
+__all__ = ["Rollouts"]
+
+Asked = dict[int, list[tuple[Prompt, Request]]]
+"""By replica: what its samples come from, in order."""
+
+
+class Rollouts:
+    """The on-policy source of samples."""
+
+    def __init__(self, run: Run, leaders: Leaders):
+        self.run, self.config, self.leaders = run, run.config.rollout, leaders
+        self.prompts = run.data.prompts
+        self.order = RowOrder(len(self.prompts), self.config.prompts, run.config.seed, fingerprint=self.prompts.fingerprint())
+        self.judge = Judge(run, leaders)
+        self.engines = Engines(run, leaders)
+        name = "rollouts.jsonl" if leaders.index == 0 else f"rollouts.{leaders.index}.jsonl"
+        self.log = leaders.on_leaders(lambda: RolloutLog(Path(run.config.run_dir) / name, resumed_at=run.step))
+        self._ahead: _Ahead | None = None
+        self._position = self.order.state_dict()
+
+    def report(self) -> list[str]:
+        """For the terminal."""
+        config = self.config
+        return [*self.engines.report(), f"{self.prompts}; {config.prompts} a batch, {config.n} completions each, reward {config.reward}"]
+
+    def batch(self) -> tuple[list[Group], dict[str, float]]:
+        """The next rollout batch: this replica's groups, and metrics of all replicas' groups."""
+        begin = time.perf_counter()
+        judged, counted, step = self._judged_batch()
+        for _ in range(self.config.dynamic_sampling):
+            if not any(self.leaders.everyone(self.judge.short_of(judged))):
+                break
+            more, again, _ = self._judged_batch()
+            judged = self.judge.informative_first(judged, more)
+            counted = {name: count + again[name] for name, count in counted.items()}
+        self.engines.rest()
+        groups, metrics = self.judge.groups(judged)
+        if self.leads:
+            self.log.add(self.judge.lines(groups, step=self.run.step + 1))
+        mine = self.leaders.from_leader(groups)[self.leaders.replica]
+        self._position = self._ahead.position if self._ahead else self.order.state_dict()
+        metrics |= {f"rollout/{name}": float(count) for name, count in counted.items()}
+        metrics |= {"rollout/staleness": float(self.run.step - step), "perf/sync_s": self.engines.sync.seconds}
+        return mine, metrics | {"perf/generate_s": time.perf_counter() - begin - self.engines.sync.seconds}
+
+    def evaluate(self) -> dict[str, float]:
+        """eval/<set>_reward_greedy and _reward_sampled (rollout.eval_n completions a prompt) of every held-out set, with the newest weights."""
+        if self._ahead is not None:
+            self._ahead.finished()
+        self.engines.refresh(self.run.step)
+        metrics = {}
+        for held_out in self.run.data.evals:
+            prompts = encode_prompts(held_out.conversations, self.run.data.tokenizer, longest=self.longest).prompts
+            mine = prompts[self.leaders.index :: self.leaders.count]
+            for name, n, temperature in (("greedy", 1, 0.0), ("sampled", self.config.eval_n, self.config.temperature)):
+                if n:
+                    params = [self._params(n, temperature, f"eval {i}") for i in range(len(mine))]
+                    asked = {0: [(prompt, Request(i, prompt.token_ids, params[i])) for i, prompt in enumerate(mine)]}
+                    judged, _ = self._complete(asked, None)
+                    metrics[f"eval/{held_out.name}_reward_{name}"] = self.judge.mean_reward(judged)
+        self.engines.rest()
+        return metrics
+
+    @property
+    def leads(self) -> bool:
+        return self.leaders.leads
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a prompt that leaves room for a whole completion."""
+        return self.run.config.data.seq_length - self.config.max_tokens
+
+    def position(self) -> dict[str, Any]:
+        """Of the prompts, after the batches handed out: what is sampled ahead is not in it."""
+        return self._position
+
+    def resume(self, position: dict[str, Any]) -> None:
+        self.order.load_state_dict(position)
+        self._position = position
+
+    def close(self) -> None:
+        """End the engines that are ours, the judge's processes, the log."""
+        self.engines.close()
+        self.judge.close()
+        if self.log is not None:
+            self.log.close()
+
+    def _judged_batch(self) -> tuple[dict[int, list[Judged]], dict[str, int], int]:
+        """(judged completions by replica, on leaders; counts; optimizer steps behind the weights that drew them) of the next prompts in order."""
+        if self.config.max_staleness == 0:
+            self.engines.refresh(self.run.step)
+            return *self._complete(self._next_requests(), None), self.run.step
+        now = self._ahead or self._begin_ahead()
+        now.finished()  # nothing is in flight while weights change: no sample is of two versions
+        self._begin_ahead()
+        return *self._complete(now.asked, now.result), now.step
+
+    def _begin_ahead(self) -> _Ahead:
+        """Send the newest weights and let the next batch be sampled with them while the trainer goes on."""
+        self.engines.refresh(self.run.step)
+        position = self.order.state_dict()
+        self._ahead = _Ahead(self._next_requests(), position, self.run.step, self.engines.fleet)
+        return self._ahead
+
+    def _next_requests(self) -> Asked:
+        indices, replicas, step = self.order.next_step(), self.leaders.replicas, self.order.consumed
+        share = len(indices) // replicas
+        asked: Asked = {}
+        for replica in self.leaders.served():
+            for place in range(replica * share, (replica + 1) * share):
+                prompt = self.prompts.prompts[indices[place]]
+                params = self._params(self.config.n, self.config.temperature, f"{step} {place}")
+                asked.setdefault(replica, []).append((prompt, Request((step, place), prompt.token_ids, params)))
+        return asked
+
+    def _params(self, n: int, temperature: float, name: str) -> SamplingParams:
+        seed = zlib.crc32(f"megatron-plugin rollouts {self.run.config.seed} {name}".encode()) >> 1
+        cut = dict(top_p=self.config.top_p, top_k=self.config.top_k) if temperature else {}
+        return SamplingParams(
+            n=n, max_tokens=self.config.max_tokens, temperature=temperature, seed=seed if self.config.seed_samples and temperature else None,
+            stop_token_ids=self.engines.stop_token_ids, **cut,
+        )  # fmt: skip
+
+    def _complete(self, asked: Asked, first: Callable[[], Generated] | None) -> tuple[dict[int, list[Judged]], dict[str, int]]:
+        """Every request completed or refused, and judged, on leaders; `first`: where the first round is under way already."""
+        fleet = self.engines.fleet
+        wanted = [request for part in asked.values() for _, request in part] if self.leads else []
+        completions: dict[Any, list[Completion]] = {}
+        refused: dict[Any, str] = {}
+        counted = {"retried": 0, "late": 0, "empty": 0, "lost_engines": 0}
+        while True:
+            generated = self.leaders.on_leaders(first or functools.partial(Fleet.generate, fleet, wanted)) or Generated()
+            first = None
+            completions |= generated.completions
+            refused |= generated.refused
+            counted["retried"] += generated.retried
+            counted["late"] += generated.late
+            counted["empty"] += generated.empty
+            counted["lost_engines"] += len(generated.lost)
+            wanted = [request for request in wanted if request.key in generated.missing]
+            if not any(self.leaders.everyone(len(wanted))):
+                break
+            self.engines.recover()
+        found = {r: [(p, completions[q.key]) for p, q in part if q.key in completions] for r, part in asked.items()} if self.leads else {}
+        judged = self.leaders.on_leaders(lambda: {replica: self.judge.judge(part) for replica, part in found.items()}) or {}
+        counted = {name: sum(each[name] for each in self.leaders.everyone(counted)) for name in counted}
+        return judged, counted | {"refused": sum(self.leaders.everyone(len(refused)))}
+
+
+class _Ahead:
+    """A rollout batch that is being sampled in a thread of the leader."""
+
+    def __init__(self, asked: Asked, position: dict[str, Any], step: int, fleet: Fleet | None):
+        self.asked, self.position, self.step = asked, position, step
+        self._result: Generated | BaseException | None = None
+        self._thread: threading.Thread | None = None
+        if fleet is not None:
+            self._thread = threading.Thread(target=self._run, args=(fleet,), name="rollouts ahead", daemon=True)
+            self._thread.start()
+
+    def _run(self, fleet: Fleet) -> None:
+        try:
+            self._result = fleet.generate([request for part in self.asked.values() for _, request in part])
+        except BaseException as error:  # raised where the result is asked for
+            self._result = error
+
+    def finished(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def result(self) -> Generated:
+        self.finished()
+        if isinstance(self._result, BaseException):
+            raise self._result
+        return self._result

@@ -86,7 +86,7 @@ class DataConfig:
     """What is trained on and what is evaluated on.  Paths are relative to the working directory."""
 
     train: list[str] = field(default_factory=list)
-    """jsonl files, a list or one path; empty: the embedded arithmetic problems."""
+    """jsonl files, a list or one path; empty: the embedded arithmetic problems.  On-policy: the demonstrations."""
     eval: list[str] = field(default_factory=list)
     """Held-out jsonl, a list or one path; empty: the embedded held-out and harder splits if train is empty too, else no evaluation."""
     prompts: list[str] = field(default_factory=list)

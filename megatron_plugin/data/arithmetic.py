@@ -8,6 +8,8 @@
 | train | 1 or 2 | fine-tuning, in the narrower distribution; enough to learn from scratch too |
 | heldout | 2 | in distribution: known facts (a+b) in combinations seen in neither warm nor train |
 | ood | 3 | out of train's distribution: one operation more, in combinations seen in neither |
+| expert | 2 or 3 | on-policy: the demonstrations |
+| prompts | 2 or 3 | on-policy: the questions that are sampled, of which none is among the demonstrations |
 
 Measured, one seed: 4 layers, hidden 128, RoPE, 16 rows of 128 tokens a step, lr 2e-3, cosine, from scratch on `train`: greedy accuracy on
 heldout .12, .34, .72, .98 after 150, 300, 450, 600 steps (.15 s each on one free core); ood stays near .06 (guessing), hence `warm`.
@@ -26,7 +28,7 @@ from pathlib import Path
 
 __all__ = ["SPLITS", "extract_answer", "generate", "write_arithmetic"]
 
-SPLITS = {"warm": 8000, "train": 8000, "heldout": 200, "ood": 200}  # and how many problems a demo wants of each
+SPLITS = {"warm": 8000, "train": 8000, "heldout": 200, "ood": 200, "expert": 1000, "prompts": 2000}  # and how many problems a demo wants of each
 
 NAMES = ("Tom", "Ann", "Ben", "Eva", "Max", "Mia", "Sam", "Zoe")
 ITEMS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps")
@@ -36,17 +38,19 @@ WORDING = {
     "*": ("makes it times {n}",),
 }
 FILLERS = ("So", "Now", "Well", "Then")  # words that carry nothing, for demonstrations whose style is not the model's own
-STEPS = {"warm": (1, 2, 2, 3, 3), "train": (1, 2, 2, 2), "heldout": (2,), "ood": (3,)}  # drawn from, evenly
+STEPS = {"warm": (1, 2, 2, 3, 3), "train": (1, 2, 2, 2), "heldout": (2,), "ood": (3,), "expert": (2, 3), "prompts": (2, 3)}  # drawn from, evenly
 MOST = 50_000  # of each split: every one has more distinct questions than that
 LARGEST = 20  # of each value on the way: some 300 facts, few enough to learn in a minute
 
 Problem = tuple[int, tuple[tuple[str, int], ...]]  # the first number, then (operation, operand) in turn
 
 
-def generate(split: str, count: int, seed: int, *, filler: float = 0.0) -> list[dict[str, str]]:
+def generate(split: str, count: int, seed: int, *, filler: float = 0.0, largest: int = LARGEST, hasty: float = 0.0) -> list[dict[str, str]]:
     """`count` distinct problems of a split as {"question", "answer"}; the same arguments give the same text.
 
-    `filler`: probability of a meaningless word before a worked line, in the answers only.
+    `filler`: probability of a meaningless word before a worked line, in the answers only.  `largest`: of each value on the way, at most 20.
+    `hasty`: share of the answers, to more than one operation, that stop after an earlier line and give its value: a habit that costs the answer,
+    and that reinforcement can unlearn.
     """
     if split not in SPLITS:
         raise ValueError(f"split: got {split!r}, expected one of {', '.join(SPLITS)}")
@@ -56,9 +60,9 @@ def generate(split: str, count: int, seed: int, *, filler: float = 0.0) -> list[
     style = random.Random(f"megatron-plugin style {split} {seed}")  # of its own, so that the problems are the same with and without fillers
     found: dict[str, str] = {}
     while len(found) < count:
-        problem = _draw(split, rng)
+        problem = _draw(split, rng, largest)
         if problem is not None:
-            found.setdefault(_question(problem, rng), _answer(problem, style, filler))
+            found.setdefault(_question(problem, rng), _answer(_hurried(problem, style, hasty), style, filler))
     return [{"question": question, "answer": answer} for question, answer in found.items()]
 
 
@@ -69,7 +73,7 @@ def write_arithmetic(directory: str | Path, seed: int, *, counts: Mapping[str, i
     paths = {}
     for split, count in counts.items():
         # Only the demonstrations to fine-tune on take the foreign style; the splits that measure stay clean.
-        lines = generate(split, count, seed, filler=filler if split == "train" else 0.0)
+        lines = generate(split, count, seed, filler=filler if split in ("train", "expert") else 0.0)
         paths[split] = folder / f"{split}.jsonl"
         temporary = folder / f".{split}.{uuid.uuid4().hex}.tmp"
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -82,6 +86,7 @@ def extract_answer(text: str) -> str | None:
 
     The first, as in GSM8K's own evaluation: what a model goes on to write after its answer does not count.
     """
+    text = re.sub(r"\s+", " ", text)  # three optional spaces in a row take cubic time: 25 s for 2000 line breaks
     found = re.search(r"####\s*([-+]?)\s*\$?\s*(\d[\d,]*(?:\.\d+)?|\.\d+)", text)
     if found is None:
         return None
@@ -95,7 +100,7 @@ def apply(value: int, operation: str, operand: int) -> int:
     return {"+": value + operand, "-": value - operand, "*": value * operand}[operation]
 
 
-def _draw(split: str, rng: random.Random) -> Problem | None:
+def _draw(split: str, rng: random.Random, largest: int) -> Problem | None:
     """A problem of the split, or None when the one drawn leaves the range or is kept for another split."""
     first = value = rng.randint(2, 15)
     operations = []
@@ -103,16 +108,32 @@ def _draw(split: str, rng: random.Random) -> Problem | None:
         operation = rng.choice("++--*")
         operand = rng.randint(2, 3) if operation == "*" else rng.randint(1, 9)
         value = apply(value, operation, operand)
-        if not 1 <= value <= LARGEST:
+        if not 1 <= value <= largest:
             return None
         operations.append((operation, operand))
     problem = first, tuple(operations)
-    return problem if _is_kept(problem) == (split in ("heldout", "ood")) else None
+    if first > largest or _is_kept(problem) != (split in ("heldout", "ood")):
+        return None
+    wrong_half = split in ("expert", "prompts") and _is_for_prompts(problem) != (split == "prompts")
+    return None if wrong_half else problem
 
 
 def _is_kept(problem: Problem) -> bool:
     """Whether a problem is kept for evaluation: a hash of its numbers decides, so this holds for any seeds and counts."""
     return hashlib.sha256(repr(problem).encode()).digest()[0] < 26
+
+
+def _is_for_prompts(problem: Problem) -> bool:
+    """The same for expert and prompts, which share no problem."""
+    return hashlib.sha256(repr(problem).encode()).digest()[1] >= 128
+
+
+def _hurried(problem: Problem, style: random.Random, hasty: float) -> Problem:
+    """The problem as an answer takes it: whole, or cut after an earlier operation."""
+    first, operations = problem
+    if not hasty or len(operations) < 2 or style.random() >= hasty:
+        return problem
+    return first, operations[: style.randint(1, len(operations) - 1)]
 
 
 def _question(problem: Problem, rng: random.Random) -> str:

@@ -111,6 +111,11 @@ class VLLMEngine:
                 f"{self.name}: got a prompt of {len(prompt_ids)} tokens, expected 1 to {self.max_model_len - 1}: the context holds "
                 f"{self.max_model_len} tokens, prompt and completion together; leave the prompt out or serve a longer context"
             )
+        stray = next((token for token in prompt_ids if not 0 <= token < self.vocab_size), None)
+        if stray is not None:  # vLLM does not look without a tokenizer: the engine dies of it, and so would each one that the prompt is tried on
+            raise EngineError(
+                f"{self.name}: got token {stray} in a prompt, expected ids in [0, {self.vocab_size}): was it tokenized with another tokenizer?"
+            )
         room = self.max_model_len - len(prompt_ids)
         body = {"token_ids": list(prompt_ids), "sampling_params": self._sampling(params, room)}
         answer = self._request("POST", "/inference/v1/generate", timeout_s, json=body).json()
@@ -158,7 +163,8 @@ class VLLMEngine:
             self.wake()
         self.weight_version = None
         self._updating = version
-        self._request("POST", "/pause", CONTROL_S, params={"mode": "wait"})  # running requests end with the weights they began with
+        # running requests end with the weights they began with
+        self._request("POST", "/pause", CONTROL_S, params={"mode": "wait", "clear_cache": False})
         self._call("megatron_plugin_abort_update")  # of a trainer that died in the middle of one
         self._request("POST", "/start_weight_update", CONTROL_S)
 
@@ -174,7 +180,7 @@ class VLLMEngine:
         version = self._check_updating()
         self._request("POST", "/finish_weight_update", CONTROL_S, json={"weight_version": str(version)})
         self._server_version = version
-        # the pause emptied it, but tokens of the old weights must not be found under the new ones whatever came in between
+        # nothing in vLLM's update does it, and keys and values of the old weights would be taken for those of the new ones
         if not self._request("POST", "/reset_prefix_cache", CONTROL_S).json()["success"]:
             raise EngineError(f"{self.name}: the prefix cache could not be emptied: blocks are still held by running requests")
         if (found := self._read_version()) != version:
@@ -268,6 +274,7 @@ class VLLMEngine:
                     f"{self.name}: got a server with {item.name}={got}, expected {expected}: it serves another model than the trainer trains"
                 )
         self.max_model_len: int = found["max_model_len"]
+        self.vocab_size: int = found["vocab_size"]
         self.workers: int = found["workers"]
         self.backend: str = found["backend"]
         self._ends: list[int] = found["end_token_ids"]

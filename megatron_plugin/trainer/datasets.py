@@ -76,8 +76,8 @@ def _files(config: Config, run_dir: Path) -> tuple[list[Path], dict[str, Path]]:
     if _is_leader():
         write_arithmetic(run_dir / "data", config.seed, filler=config.data.filler)
     dist.barrier()
-    embedded = {name: run_dir / "data" / f"{name}.jsonl" for name in ("train", "heldout", "ood")}
-    return [embedded.pop("train")], evals or embedded
+    embedded = {name: run_dir / "data" / f"{name}.jsonl" for name in ("heldout", "ood")}
+    return [run_dir / "data" / ("expert.jsonl" if config.rollout else "train.jsonl")], evals or embedded
 
 
 def _read(config: Config, files: Sequence[Path], bad_lines: BadLines) -> list[Conversation]:

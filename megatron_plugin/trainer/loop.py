@@ -33,6 +33,8 @@ def train(config: Config) -> None:
             record(run)
             log = RunLog(config.run_dir, steps=config.train.steps, resumed_at=run.step, leader=dist.get_rank() == 0)
             _say_what_is_trained(run, source, log)
+            if run.step == 0 and config.rollout is not None and config.train.eval_interval:
+                log.step(0, _evaluate(run, source, last=False), show=True)  # what reinforcement begins from; the engine answers in seconds
             while run.step < config.train.steps:
                 _step(run, source, log)
             log.close()

@@ -14,7 +14,8 @@ SHOWN = {  # metric -> (heading, format): the line on the terminal
     "train/weight_mean": ("w", ".3f"), "train/mu": ("mu", ".2f"), "rollout/reward_mean": ("reward", ".3f"), "rollout/len_mean": ("len", ".0f"),
     "perf/generate_s": ("gen_s", ".1f"), "perf/train_s": ("train_s", ".1f"), "perf/sync_s": ("sync_s", ".2f"), "train/grad_norm": ("gnorm", ".3f"), "train/lr": ("lr", ".1e"), "perf/tokens_per_s": ("tok/s", ",.0f"),
 }  # fmt: skip
-RENAMED = {"lm loss": "loss", "weight": "weight_mean", "cll": "cll_mean", "phi": "phi_mean"}
+RENAMED = {"lm loss": "loss", "weight": "weight_mean", "cll": "cll_mean", "phi": "phi_mean", "expert/phi": "phi_mean"}
+TWICE = ("rollout/ratio", "rollout/clip_frac")  # chord's names of ratio_mean and clip_frac
 OF_ROLLOUTS = ("ratio_mean", "logp_diff_max", "k3")  # measured by the trainer, about the rollouts
 
 
@@ -22,7 +23,7 @@ def step_metrics(means: dict[str, float], *, seconds: float, bad_lines: int) -> 
     """The house's metric names from the means of a step; those that have a slash in their name keep it.
 
     means["tokens"]: all tokens of the step, with and without a loss."""
-    named = {RENAMED.get(name, name): value for name, value in means.items()}
+    named = {RENAMED.get(name, name): value for name, value in means.items() if name not in TWICE}
     weight_sq, tokens = named.pop("weight_sq"), named.pop("tokens")
     metrics = {name if "/" in name else f"rollout/{name}" if name in OF_ROLLOUTS else f"train/{name}": value for name, value in named.items()}
     metrics["train/weight_ess"] = named["weight_mean"] ** 2 / weight_sq if weight_sq else 0.0  # share of tokens that carry the weight

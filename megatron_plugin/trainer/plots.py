@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_plugin.trainer.metrics import read_metrics
@@ -10,29 +11,37 @@ from megatron_plugin.trainer.metrics import read_metrics
 __all__ = ["plot_curves"]
 
 PANELS = {  # title -> metrics drawn in it; plain NLL always stands beside a weighted loss
+    "held-out reward": ("eval/heldout_reward_sampled", "eval/heldout_reward_greedy"), "harder held-out reward": ("eval/ood_reward_sampled", "eval/ood_reward_greedy"),
+    "reward of rollouts": ("rollout/reward_mean",), "mu": ("train/mu",), "phi of expert tokens": ("train/phi_mean",),
+    "entropy of rollouts, nats": ("train/rollout_entropy",), "entropy on expert tokens, nats": ("train/expert_entropy",), "NLL of expert tokens, nats": ("train/expert_nll",),
+    "tokens of a completion": ("rollout/len_mean",), "largest |log p - engine's|, nats": ("rollout/logp_diff_max",),
     "loss as trained": ("train/loss",), "NLL on training data, nats": ("train/nll",), "NLL held out, nats": ("eval/heldout_nll", "eval/ood_nll"),
     "mean token probability": ("train/token_prob",), "entropy, nats": ("train/entropy",), "mean weight": ("train/weight_mean",),
     "gradient norm": ("train/grad_norm",), "learning rate": ("train/lr",),
 }  # fmt: skip
-STYLES = {"eval/heldout_nll": ("o", "-", ", held out"), "eval/ood_nll": ("x", ":", ", harder")}  # marker, line, label's end
+STYLES = {  # marker, line, label's end
+    "eval/heldout_nll": ("o", "-", ", held out"), "eval/ood_nll": ("x", ":", ", harder"), "eval/heldout_reward_sampled": ("o", "-", ", sampled"),
+    "eval/heldout_reward_greedy": ("x", ":", ", greedy"), "eval/ood_reward_sampled": ("o", "-", ", sampled"), "eval/ood_reward_greedy": ("x", ":", ", greedy"),
+}  # fmt: skip
+COLUMNS = 4
 
 
 def plot_curves(runs: Mapping[str, str | Path], png: str | Path, *, title: str = "") -> None:
-    """One colour per run ({label: run directory}), one panel per quantity."""
+    """One colour per run ({label: run directory}), one panel per quantity that any of them has measured."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 4, figsize=(17, 7), constrained_layout=True)
     curves = {label: read_metrics(run_dir) for label, run_dir in runs.items()}
-    for axis, (heading, names) in zip(axes.flat, PANELS.items(), strict=True):
-        for colour, (label, lines) in enumerate(curves.items()):
-            for name in names:
-                points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-                if points:
-                    marker, line, suffix = STYLES.get(name, (None, "-", ""))
-                    axis.plot(*zip(*points, strict=True), color=f"C{colour}", marker=marker, linestyle=line, label=label + suffix)
+    measured = {name for lines in curves.values() for line in lines for name, value in line.items() if value is not None}
+    panels = {heading: names for heading, names in PANELS.items() if measured & set(names)} or {"nothing was measured": ()}
+    rows = math.ceil(len(panels) / COLUMNS)
+    figure, axes = plt.subplots(rows, COLUMNS, figsize=(17, 3.5 * rows), constrained_layout=True, squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (heading, names) in zip(axes.flat, panels.items(), strict=False):
+        _draw(axis, curves, names)
         axis.set_title(heading)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
@@ -41,3 +50,12 @@ def plot_curves(runs: Mapping[str, str | Path], png: str | Path, *, title: str =
     figure.suptitle(title)
     figure.savefig(png, dpi=110)
     plt.close(figure)
+
+
+def _draw(axis, curves: Mapping[str, Sequence[Mapping[str, float]]], names: Sequence[str]) -> None:
+    for colour, (label, lines) in enumerate(curves.items()):
+        for name in names:
+            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+            if points:
+                marker, line, suffix = STYLES.get(name, (None, "-", ""))
+                axis.plot(*zip(*points, strict=True), color=f"C{colour}", marker=marker, linestyle=line, label=label + suffix)

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_plugin.data import SPLITS, extract_answer, generate, load_rows, read_conversations, train_tokenizer, write_arithmetic
 
-COUNTS = {"warm": 600, "train": 600, "heldout": 150, "ood": 150}
+COUNTS = {"warm": 600, "train": 600, "heldout": 150, "ood": 150, "expert": 300, "prompts": 300}
 VERBS = {"finds": "+", "buys": "+", "gets": "+", "loses": "-", "sells": "-", "eats": "-", "times": "*"}
 
 
@@ -50,6 +50,25 @@ def test_the_splits_share_no_problem(problems):
     assert not keys["heldout"] & seen and not keys["ood"] & seen and not keys["heldout"] & keys["ood"]
     assert {len(key) - 1 for key in keys["train"]} == {1, 2} and {len(key) - 1 for key in keys["warm"]} == {1, 2, 3}
     assert {len(key) - 1 for key in keys["heldout"]} == {2} and {len(key) - 1 for key in keys["ood"]} == {3}
+
+
+def test_demonstrations_and_prompts_share_no_problem(problems):
+    keys = {split: {read_question(line["question"]) for line in problems[split]} for split in COUNTS}
+    assert not keys["expert"] & keys["prompts"]
+    for split in ("expert", "prompts"):
+        assert not keys[split] & (keys["heldout"] | keys["ood"]) and {len(key) - 1 for key in keys[split]} == {2, 3}
+
+
+def test_hasty_answers_stop_early_and_are_otherwise_right():
+    lines = generate("warm", 400, 3, largest=10, hasty=0.5)
+    hurried = 0
+    for line in lines:
+        problem, steps = read_question(line["question"]), line["answer"].split("\n")[:-1]
+        assert extract_answer(line["answer"]) == str(result(problem[: len(steps) + 1])) and problem[0] <= 10
+        hurried += len(steps) < len(problem) - 1
+    several = sum(len(read_question(line["question"])) > 2 for line in lines)
+    assert 0.4 < hurried / several < 0.6
+    assert generate("train", 50, 4, hasty=0.0, largest=20) == generate("train", 50, 4)
 
 
 def test_no_question_twice_and_enough_of_them(problems):

@@ -65,7 +65,9 @@ def batch_of(rank):
 def forward_step(loss_func, batches, model):
     tokens, labels, mask = next(batches)
     logits = model(tokens, torch.arange(SEQUENCE).expand_as(tokens), None)
-    return logits, partial(loss_func, labels=labels, loss_mask=mask, inputs=TokenInputs(advantage=torch.ones_like(mask)))
+    sequence = torch.arange(len(mask), dtype=mask.dtype)[:, None].expand_as(mask).contiguous()
+    inputs = TokenInputs(advantage=torch.ones_like(mask), expert=sequence > 0, extra={"sequence": sequence, "reward": sequence})
+    return logits, partial(loss_func, labels=labels, loss_mask=mask, inputs=inputs)
 
 
 def step(model, loss_func):

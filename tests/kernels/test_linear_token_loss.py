@@ -54,7 +54,7 @@ def check(got, truth, *, values, gradients):
 
 @pytest.mark.parametrize("way", [one_pass, two_pass])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("loss", sorted(LOSSES))
+@pytest.mark.parametrize("loss", sorted(set(LOSSES) - {"gspo", "srft"}))  # these two read inputs.extra: tests/losses/
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_every_loss_matches_dense_fp64(way, backend, loss, dtype, device):
     """With both regularisers; chunks of 8 of 37 tokens, so every per-token input crosses chunk borders."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from datetime import timedelta
 from typing import Any
 
@@ -21,11 +21,16 @@ from megatron_plugin.rollout.transports.bucket import Manifest
 __all__ = ["Gloo", "broadcast", "join", "listen"]
 
 GROUP = "megatron_plugin"
+MOST_CALLS = 256  # at once, two for each engine: fewer threads than calls that wait for each other would be a deadlock
+MEET_S = 30.0  # for an engine's workers to join
 GRACE_S = 5.0  # for the answer of an engine whose connection broke
 
 
 def listen(address: str) -> socket.socket:
-    """A socket that listens on `address` only, at a free port.  (torch's TCPStore by itself listens on every interface.)"""
+    """A socket that listens on `address` only, at a free port (torch's TCPStore by itself listens on every interface).  ValueError for an
+    address that is not one of this machine's, or that means all of them: engines are told to connect to it."""
+    if address in ("", "0.0.0.0", "::"):
+        raise ValueError(f"got {address!r} to listen on for weight transfer, expected one address of this machine that the engines can reach")
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -53,29 +58,37 @@ def broadcast(group: dist.ProcessGroupGloo, data: Tensor) -> dist.Work:
 
 
 class Gloo:
-    """`bind`: the trainer's address that engines connect to.  Loopback by default; another one is only used when it is named."""
+    """`bind`: the trainer's address that engines connect to.  Loopback by default; another one is only used when it is named.
+    ValueError for one that this machine does not have."""
 
     backend = "megatron_plugin_gloo"
 
     def __init__(self, bind: str = "127.0.0.1", timeout_s: float = 120.0):
+        listen(bind).close()
         self.bind = bind
         self.timeout = timedelta(seconds=timeout_s)
         self._groups: dict[int, tuple[dist.ProcessGroupGloo, dist.Store]] = {}
-        self._pool = ThreadPoolExecutor(thread_name_prefix="gloo")
+        self._pool = ThreadPoolExecutor(MOST_CALLS, thread_name_prefix="gloo")
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._size = 0
 
     def open(self, engine: Any) -> None:
         """A group with the workers of one engine.  EngineLostError when they do not come."""
-        world = 1 + engine.workers
+        world, timeout = 1 + engine.workers, min(self.timeout, timedelta(seconds=MEET_S))
         listener = listen(self.bind)
         address, port = listener.getsockname()[:2]
-        store = dist.TCPStore(address, port, world, True, self.timeout, wait_for_workers=False, master_listen_fd=listener.detach())
+        store = dist.TCPStore(address, port, world, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach())
         invitation = {"address": address, "port": port, "world_size": world, "timeout_s": self.timeout.total_seconds()}
         answer = self._pool.submit(engine.init_transfer, invitation)
         group = self._pool.submit(join, store, 0, world, address, self.timeout)
+        wait([answer, group], return_when=FIRST_EXCEPTION)
+        if answer.done():
+            answer.result()
+        try:
+            self._groups[id(engine)] = group.result(), store
+        except RuntimeError as error:
+            raise EngineLostError(f"{engine.name}: did not come to {address}:{port} for weights: {error}") from error
         answer.result()
-        self._groups[id(engine)] = group.result(), store
 
     def start_bucket(self, size: int) -> None:
         """`size`: bytes it will hold at most."""

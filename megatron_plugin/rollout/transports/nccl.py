@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_plugin.rollout.transports.bucket import Manifest
-from megatron_plugin.rollout.transports.gloo import listen
+from megatron_plugin.rollout.transports.gloo import MOST_CALLS, listen
 
 __all__ = ["Nccl"]
 
@@ -23,10 +23,11 @@ class Nccl:
     backend = "megatron_plugin_nccl"
 
     def __init__(self, bind: str = "127.0.0.1", timeout_s: float = 120.0):
+        listen(bind).close()
         self.bind = bind
         self.timeout_s = timeout_s
         self._groups: dict[int, Any] = {}
-        self._pool = ThreadPoolExecutor(thread_name_prefix="nccl")
+        self._pool = ThreadPoolExecutor(MOST_CALLS, thread_name_prefix="nccl")
         self._buffer = torch.empty(0, dtype=torch.uint8)
         self._size = 0
 
@@ -34,7 +35,7 @@ class Nccl:
         """A communicator with the workers of one engine."""
         from megatron_plugin.rollout.vllm_plugin import nccl_trainer_group
 
-        with listen(self.bind) as probe:  # vLLM's rendezvous binds by itself; this finds it a free port
+        with listen(self.bind) as probe:  # vLLM's rendezvous binds by itself, to the same address; this finds it a free port
             port = probe.getsockname()[1]
         world = 1 + engine.workers
         invitation = {"address": self.bind, "port": port, "world_size": world, "timeout_s": self.timeout_s}

@@ -54,7 +54,7 @@ def test_every_config_is_accepted_alone_and_in_the_layouts_of_the_readme(path, w
 def test_the_configs_are_the_ones_promised_and_name_losses_that_exist():
     from megatron_plugin.losses.binding import bind
 
-    assert [path.stem for path in FILES] == ["chord_phi", "debug_cpu", "dft", "idft", "sft"]
+    assert [path.stem for path in FILES] == ["chord", "chord_phi", "debug_cpu", "dft", "grpo", "idft", "sft", "srft"]
     for path in FILES:
         config = load_config(path)
         bind(config.loss_name, **config.loss_params)

@@ -45,7 +45,8 @@ class Transport(Protocol):
 
     def end_bucket(self) -> None: ...
 
-    def drop(self, engine: Any) -> None: ...
+    def drop(self, engine: Any) -> None:
+        """After the update, or when the engine was lost."""
 
     def close(self) -> None: ...
 
@@ -83,6 +84,7 @@ def send_weights(
     started = time.perf_counter()
     with ThreadPoolExecutor(max(len(update.live), 1), thread_name_prefix="weights") as update.pool:
         try:
+            update.each(lambda engine: _check_backend(engine, transport))
             update.each(lambda engine: engine.begin_update(version))
             update.each(transport.open)
             for name, tensor in tensors:
@@ -94,8 +96,19 @@ def send_weights(
         transport.end_bucket()
         if update.failure:
             update.forget()
-            raise update.failure
+        for engine in engines:
+            transport.drop(engine)
+    if update.failure:
+        raise update.failure
     return TransferReport(update.bytes, update.buckets, time.perf_counter() - started, tuple(update.lost))
+
+
+def _check_backend(engine: Any, transport: Transport) -> None:
+    if engine.backend != transport.backend:
+        raise EngineError(
+            f"{engine.name}: got an engine that takes weights by {engine.backend or 'nothing'}, expected {transport.backend}: "
+            "start it with the same transfer as the trainer's"
+        )
 
 
 class _Update:
@@ -134,17 +147,16 @@ class _Update:
         """Put one tensor into the bucket, which is sent first when the tensor does not fit any more."""
         if self.failure or not self.live:
             return
-        data = as_bytes(tensor)
-        if self.manifest and self.manifest.size + data.numel() > self.bucket_bytes:
-            self.flush()
-        if self.manifest is None:
-            self.manifest = Manifest()
-            self.transport.start_bucket(max(self.bucket_bytes, data.numel()))
-        offset = self.manifest.add(name, tensor, data, checksum=self.checksums)
-        self.bytes += data.numel()
         try:
-            self.transport.write(offset, data)
-        except Exception as error:
+            data = as_bytes(tensor)
+            if self.manifest and data.numel() and self.manifest.next_offset() + data.numel() > self.bucket_bytes:
+                self.flush()
+            if self.manifest is None:
+                self.manifest = Manifest()
+                self.transport.start_bucket(max(self.bucket_bytes, data.numel()))
+            self.transport.write(self.manifest.add(name, tensor, data, checksum=self.checksums), data)
+            self.bytes += data.numel()
+        except Exception as error:  # such as a full /dev/shm; raised later, as in each()
             self.failure = error
 
     def flush(self) -> None:

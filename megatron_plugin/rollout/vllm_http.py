@@ -154,6 +154,7 @@ class VLLMEngine:
     # -- weights ----------------------------------------------------------------------------------------------------------------------------------
 
     def begin_update(self, version: int) -> None:
+        self._server_version = max(self._server_version, self._read_version())
         if version <= (newest := self.newest_version):
             raise WrongModelError(
                 f"{self.name}: got weight version {version}, expected one above {newest}, which it has: versions only go up; "

@@ -87,6 +87,9 @@ class _Backend(WeightTransferEngine[Invitation, Update]):
     def init_transfer_engine(self, init_info: Invitation) -> None:
         """Nothing to join."""
 
+    def leave(self) -> None:
+        """After an update, or instead of it: nothing to leave."""
+
     def start_weight_update(self) -> None:
         if self.expected is None:  # not at start-up: it costs a second of imports, which the first update hides better than a waiting user
             dtype = str(self.model_config.dtype).removeprefix("torch.")
@@ -125,9 +128,11 @@ class _Backend(WeightTransferEngine[Invitation, Update]):
         finalize_layerwise_reload(self.model, self.model_config)
         self.updating = False
         _repack_heads(self.tied)
+        self.leave()
 
     def abort(self) -> None:
         """End an update that came to nothing: layers that got all their weights have new ones, the others their old ones."""
+        self.leave()
         if not self.updating:
             return
         for layer in self.model.modules():
@@ -139,7 +144,7 @@ class _Backend(WeightTransferEngine[Invitation, Update]):
         self.updating = False
 
     def shutdown(self) -> None:
-        """Nothing is held."""
+        self.leave()
 
 
 class SharedMemoryBackend(_Backend):
@@ -157,7 +162,7 @@ class SharedMemoryBackend(_Backend):
 
 
 class _GroupBackend(_Backend):
-    """In a group with the trainer, which is rank 0."""
+    """In a group with the trainer, which is rank 0.  One for each update."""
 
     group: Any = None
 
@@ -166,8 +171,14 @@ class _GroupBackend(_Backend):
         config = self.parallel_config
         return 1 + config.data_parallel_index * config.world_size + config.rank
 
-    def shutdown(self) -> None:
+    def leave(self) -> None:
         self.group = None
+
+    def joined(self) -> Any:
+        """The group.  ValueError without one, where waiting for bytes would take until the timeout."""
+        if self.group is None:
+            raise ValueError(f"got weights without an invitation to a group: the trainer sends by another transport than {self.config.backend}")
+        return self.group
 
 
 class GlooBackend(_GroupBackend):
@@ -175,15 +186,15 @@ class GlooBackend(_GroupBackend):
 
     def init_transfer_engine(self, init_info: Invitation) -> None:
         timeout = timedelta(seconds=init_info.timeout_s)
-        self.store = torch.distributed.TCPStore(init_info.address, init_info.port, init_info.world_size, False, timeout)
+        store = torch.distributed.TCPStore(init_info.address, init_info.port, init_info.world_size, False, timeout)
         with socket.socket(socket.AF_INET6 if ":" in init_info.address else socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((init_info.address, init_info.port))  # sends nothing; tells which of our addresses the trainer sees
             address = probe.getsockname()[0]
-        self.group = join(self.store, self.rank(), init_info.world_size, address, timeout)
+        self.group = join(store, self.rank(), init_info.world_size, address, timeout)
 
     def receive(self, update: Update) -> Tensor:
         data = torch.empty(update.size, dtype=torch.uint8)
-        broadcast(self.group, data).wait()
+        broadcast(self.joined(), data).wait()
         return data
 
 
@@ -198,10 +209,10 @@ class NcclBackend(_GroupBackend):
 
     def receive(self, update: Update) -> Tensor:
         data = torch.empty(update.size, dtype=torch.uint8, device=self.device)
-        self.group.broadcast(data, src=0, stream=torch.cuda.current_stream())
+        self.joined().broadcast(data, src=0, stream=torch.cuda.current_stream())
         return data
 
-    def shutdown(self) -> None:
+    def leave(self) -> None:
         if self.group is not None:
             self.group.destroy()
         self.group = None

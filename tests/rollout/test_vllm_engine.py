@@ -215,17 +215,20 @@ def test_bytes_that_changed_on_the_way_are_noticed(bench):
 
 
 def test_a_trainer_that_died_in_an_update_is_followed_by_another(bench):
-    """A second client finds the server in the middle of an update, and brings it a full one."""
-    bench.engine.begin_update(bench.engine.newest_version + 1)
+    """A second client finds the server in the middle of an update, and brings it a full one; the first must not fall behind that."""
+    version = bench.engine.newest_version + 1
+    bench.engine.begin_update(version)
     other = connect_engine(bench.engine.name, describe_model(bench.folder))
     assert other.health() is Health.STALE
-    bench.send_through = send_weights([other], weights_of(bench.model), version=other.newest_version + 1, transport=bench.transport)
+    send_weights([other], weights_of(bench.model), version=version + 5, transport=bench.transport)
     completions = other.generate(PROMPT, SamplingParams(max_tokens=8), timeout_s=LIMIT_S)
     assert worst_error(bench.model, PROMPT, completions) < LOGP
     other.close()
     bench.engine.abort_update()
-    bench.engine._server_version = other.newest_version
+    with pytest.raises(WrongModelError, match=f"got weight version {version + 1}, expected one above {version + 5}"):
+        bench.engine.begin_update(version + 1)
     bench.send()
+    assert bench.error() < LOGP
 
 
 def test_servers_of_another_model_are_refused(bench):

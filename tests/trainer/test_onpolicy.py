@@ -32,7 +32,7 @@ def start(problems, run_dir: Path, ranks: int, **overrides) -> subprocess.Popen:
     values = {
         "run_dir": run_dir, "checkpoint.init": "", "data.train": problems["expert"], "data.prompts": problems["prompts"], "data.eval": problems["heldout"],
         "data.bpe_vocab_size": 320, "data.expert_samples": 4, "rollout.prompts": PROMPTS, "rollout.n": N, "rollout.max_tokens": 24, "train.micro_batch": 4,
-        "train.warmup_steps": 0, "train.eval_interval": 0, "model.num_layers": 2, "model.hidden_size": 64, "model.ffn_hidden_size": 128, "train.lr": 3e-3,
+        "train.warmup_steps": 0, "train.eval_interval": 0, "model.num_layers": 2, "train.lr": 3e-3,  # heads of 32: vLLM's attention on a CPU has none of 16, and dies at the first prompt
     } | overrides  # fmt: skip
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "megatron_plugin.cli", "train",
              "configs/chord.yaml", *(f"{key}={value}" for key, value in values.items())]  # fmt: skip

@@ -42,16 +42,20 @@ class Manifest:
     size: int = 0
     """Bytes of the bucket."""
 
+    def next_offset(self) -> int:
+        """Where the next tensor goes."""
+        return -(-self.size // ALIGNMENT) * ALIGNMENT
+
     def add(self, name: str, tensor: Tensor, data: Tensor, *, checksum: bool) -> int:
         """Note one tensor and its bytes; returns the offset they belong at."""
-        offset = -(-self.size // ALIGNMENT) * ALIGNMENT
+        offset = self.next_offset() if data.numel() else 0
         self.names.append(name)
         self.dtypes.append(str(tensor.dtype).removeprefix("torch."))
         self.shapes.append(list(tensor.shape))
         self.offsets.append(offset)
         if checksum:
             self.crc32.append(crc32(data))
-        self.size = offset + data.numel()
+        self.size = max(self.size, offset + data.numel())
         return offset
 
     @staticmethod

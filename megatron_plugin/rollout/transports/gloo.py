@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import socket
 import time
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 from typing import Any
 
@@ -21,7 +21,7 @@ from megatron_plugin.rollout.transports.bucket import Manifest
 __all__ = ["Gloo", "broadcast", "join", "listen"]
 
 GROUP = "megatron_plugin"
-MOST_CALLS = 256  # at once, two for each engine: fewer threads than calls that wait for each other would be a deadlock
+MOST_CALLS = 256  # engines at once
 MEET_S = 30.0  # for an engine's workers to join
 GRACE_S = 5.0  # for the answer of an engine whose connection broke
 
@@ -44,10 +44,16 @@ def listen(address: str) -> socket.socket:
 
 def join(store: dist.Store, rank: int, world: int, address: str, timeout: timedelta) -> dist.ProcessGroupGloo:
     """A gloo group that neither needs nor touches the default process group; this rank listens on `address` only."""
+    if rank:
+        store.set(_presence(rank), "here")
     options = dist.ProcessGroupGloo._Options()
     options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
     options._timeout = timeout
     return dist.ProcessGroupGloo(dist.PrefixStore(GROUP, store), rank, world, options)
+
+
+def _presence(rank: int) -> str:
+    return f"{GROUP}/here/{rank}"
 
 
 def broadcast(group: dist.ProcessGroupGloo, data: Tensor) -> dist.Work:
@@ -74,20 +80,24 @@ class Gloo:
 
     def open(self, engine: Any) -> None:
         """A group with the workers of one engine.  EngineLostError when they do not come."""
-        world, timeout = 1 + engine.workers, min(self.timeout, timedelta(seconds=MEET_S))
+        world = 1 + engine.workers
         listener = listen(self.bind)
         address, port = listener.getsockname()[:2]
-        store = dist.TCPStore(address, port, world, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach())
+        store = dist.TCPStore(address, port, world, True, self.timeout, wait_for_workers=False, master_listen_fd=listener.detach())
         invitation = {"address": address, "port": port, "world_size": world, "timeout_s": self.timeout.total_seconds()}
         answer = self._pool.submit(engine.init_transfer, invitation)
-        group = self._pool.submit(join, store, 0, world, address, self.timeout)
-        wait([answer, group], return_when=FIRST_EXCEPTION)
-        if answer.done():
-            answer.result()
+        deadline = time.monotonic() + min(MEET_S, self.timeout.total_seconds())
+        # asked, not waited for: joining a group whose others do not come would block until the timeout
+        while not store.check([_presence(rank) for rank in range(1, world)]):
+            if answer.done():
+                answer.result()
+            if time.monotonic() > deadline:
+                raise EngineLostError(f"{engine.name}: did not come to {address}:{port} for weights: can it reach that address? (rollout.bind)")
+            time.sleep(0.001)
         try:
-            self._groups[id(engine)] = group.result(), store
+            self._groups[id(engine)] = join(store, 0, world, address, self.timeout), store
         except RuntimeError as error:
-            raise EngineLostError(f"{engine.name}: did not come to {address}:{port} for weights: {error}") from error
+            raise EngineLostError(f"{engine.name}: lost while it joined for weights: {error}") from error
         answer.result()
 
     def start_bucket(self, size: int) -> None:
@@ -98,8 +108,9 @@ class Gloo:
 
     def write(self, offset: int, data: Tensor) -> None:
         """[bytes] uint8, at `offset` of the bucket."""
-        self._size = offset + data.numel()
-        self._buffer[offset : self._size].copy_(data)
+        end = offset + data.numel()
+        self._buffer[offset:end].copy_(data)
+        self._size = max(self._size, end)
 
     def deliver(self, engine: Any, manifest: Manifest) -> None:
         """Broadcast the bucket to one engine while it loads.  Called for several engines at once."""
@@ -123,7 +134,7 @@ class Gloo:
         """The buffer is kept for the next bucket."""
 
     def drop(self, engine: Any) -> None:
-        """Forget an engine that was lost."""
+        """Leave the group with an engine."""
         self._groups.pop(id(engine), None)
 
     def close(self) -> None:

@@ -50,8 +50,9 @@ class Nccl:
 
     def write(self, offset: int, data: Tensor) -> None:
         """[bytes] uint8 at `offset` of the bucket; from a GPU tensor without a detour over the host."""
-        self._size = offset + data.numel()
-        self._buffer[offset : self._size].copy_(data, non_blocking=True)
+        end = offset + data.numel()
+        self._buffer[offset:end].copy_(data, non_blocking=True)
+        self._size = max(self._size, end)
 
     def deliver(self, engine: Any, manifest: Manifest) -> None:
         answer = self._pool.submit(engine.push, vars(manifest))
@@ -64,10 +65,10 @@ class Nccl:
         """The buffer is kept for the next bucket."""
 
     def drop(self, engine: Any) -> None:
-        self._groups.pop(id(engine), None)
+        if group := self._groups.pop(id(engine), None):
+            group.destroy()
 
     def close(self) -> None:
-        for group in self._groups.values():
-            group.destroy()
-        self._groups.clear()
+        for engine_id in list(self._groups):
+            self._groups.pop(engine_id).destroy()
         self._pool.shutdown(wait=False)

@@ -27,6 +27,8 @@ class SharedMemory:
 
     def __init__(self, folder: str | os.PathLike = "/dev/shm"):
         self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise ValueError(f"got {str(folder)!r} for shared memory, expected a folder that trainer and engines see")
         self.path: Path | None = None
         self._file: Any = None
         _remove_left_behind(self.folder)
@@ -65,7 +67,7 @@ class SharedMemory:
         self._file = self.path = None
 
     def drop(self, engine: Any) -> None:
-        """Forget an engine that was lost."""
+        """Nothing is kept of an engine."""
 
     def close(self) -> None:
         self.end_bucket()

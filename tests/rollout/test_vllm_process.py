@@ -1,0 +1,194 @@
+"""The command, the environment and the failures of a vLLM child process; what it samples is in test_vllm_engine.py."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from megatron_plugin.rollout.engine import EngineLostError
+from megatron_plugin.rollout.expected_weights import ExpectedWeights
+from megatron_plugin.rollout.vllm_http import ModelDescription, connect_engine, describe_model, start_engine
+from megatron_plugin.rollout.vllm_process import EngineOptions, _members, server_command, server_environment, start_server
+from megatron_plugin.rollout.vllm_versions import TESTED, check_vllm
+from tests.rollout.vllm_models import config_of, make_model, weights_of
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    config_of("qwen2").save_pretrained(folder)
+    return str(folder)
+
+
+def _options(folder, **options):
+    return EngineOptions(model_dir=folder, dtype="float32", max_model_len=4096, **options)
+
+
+def test_the_command(folder):
+    command = server_command(_options(folder, extra_args=("--swap-space", "1")), "127.0.0.1", 8123)
+    assert command[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"] and command[-2:] == ["--swap-space", "1"]
+    value = dict(zip(command, command[1:], strict=False))
+    assert value["--logprobs-mode"] == "processed_logprobs" and value["--load-format"] == "dummy" and value["--generation-config"] == "vllm"
+    assert value["--weight-transfer-config"] == '{"backend": "megatron_plugin_shm"}' and value["--host"] == "127.0.0.1"
+    # a seeded request whose prompt is cut into chunks kills the engine on a CPU
+    assert "--no-enable-chunked-prefill" in command and int(value["--max-num-batched-tokens"]) >= 4096
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.7", "::", "", "example.org"])
+def test_a_public_address_needs_a_permission(folder, host):
+    with pytest.raises(ValueError, match="can be reached from other machines.*expected 127.0.0.1"):
+        server_command(_options(folder), host, 8123)
+    assert host in server_command(_options(folder), host, 8123, allow_public=True)
+    for private in ("127.0.0.1", "localhost", "::1"):
+        server_command(_options(folder), private, 8123)
+
+
+def test_the_environment(folder):
+    parent = {"PATH": "/bin", "RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "node0", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "x"}
+    environment = server_environment(_options(folder, threads=2, devices="1", extra_env={"A": "b"}), parent)
+    assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"} & set(environment), "vLLM would join the trainer's group"
+    assert environment["VLLM_SERVER_DEV_MODE"] == "1" and environment["OMP_NUM_THREADS"] == "2" and environment["A"] == "b"
+    assert environment["CUDA_VISIBLE_DEVICES"] == "1" and environment["PATH"] == "/bin"
+
+
+@pytest.mark.parametrize("value", ["1", "0"])
+def test_pickle_over_http_is_refused(folder, value, monkeypatch):
+    name = "VLLM_ALLOW_INSECURE_SERIALIZATION"
+    with pytest.raises(ValueError, match=f"got {name} in the environment, expected it unset"):
+        server_environment(_options(folder, extra_env={name: value}), {})
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=name):
+        start_engine(_options(folder))
+
+
+def test_options_that_cannot_start(folder, tmp_path):
+    with pytest.raises(ValueError, match="transfer='ipc': expected one of shm, gloo, nccl"):
+        _options(folder, transfer="ipc")
+    with pytest.raises(ValueError, match="no config.json there"):
+        _options(str(tmp_path))
+
+
+def test_versions():
+    assert check_vllm(TESTED) == TESTED and check_vllm("0.27.1") and check_vllm("0.32.0+cpu") and check_vllm("0.32.3")
+    for version in ("0.27.0", "0.33.0", "1.0", "0.11.2+cu128"):
+        with pytest.raises(RuntimeError, match=f"got vLLM {version.replace('+', '.')}, expected 0.27.1 to 0.32"):
+            check_vllm(version)
+
+
+def test_a_server_that_does_not_start_says_why(vllm, folder, tmp_path):
+    options = _options(folder, log=str(tmp_path / "logs" / "engine.log"), extra_args=("--no-such-option",))
+    with pytest.raises(EngineLostError, match=r"(?s)ended with exit code 2 after .* s; the end of .*engine.log:.*no-such-option"):
+        start_server(options)
+
+
+def test_a_server_that_takes_too_long_is_ended(vllm, folder, tmp_path):
+    before = set(_children())
+    with pytest.raises(EngineLostError, match="is not ready after"):
+        start_server(_options(folder, log=str(tmp_path / "engine.log"), start_timeout_s=1.0))
+    assert not {c for c in _children() if c not in before}
+
+
+def _children():
+    return [int(p) for p in Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text().split()]
+
+
+WATCHED = """
+import os, subprocess, sys, time
+from megatron_plugin.rollout.watchdog import watch_parent
+watch_parent()
+if sys.argv[1] == "engine":
+    subprocess.Popen([sys.executable, "-c", os.environ["WATCHED"], "worker"])
+print(os.getpid(), flush=True)
+time.sleep(120)
+"""
+OWNER = """
+import os, subprocess, sys, time
+os.environ["MEGATRON_PLUGIN_OWNER"] = str(os.getpid())
+subprocess.Popen([sys.executable, "-c", os.environ["WATCHED"], "engine"], start_new_session=True)
+time.sleep(120)
+"""
+
+
+def test_the_watchdog_ends_a_chain_of_processes():
+    """Owner, engine, worker; the owner is killed.  Without vLLM, which takes half a minute to show it (test_vllm_server.py)."""
+    environment = os.environ | {"WATCHED": WATCHED, "PYTHONPATH": str(ROOT)}
+    owner = subprocess.Popen([sys.executable, "-c", OWNER], env=environment, stdout=subprocess.PIPE, text=True)
+    watched = [int(owner.stdout.readline()) for _ in range(2)]
+    assert all(Path(f"/proc/{pid}").exists() for pid in watched)
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    deadline = time.monotonic() + 10
+    while (left := [pid for pid in watched if _alive(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
+
+
+def _alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_processes_of_a_group():
+    process = subprocess.Popen(["sh", "-c", "sleep 60 & sleep 60"], start_new_session=True)
+    while len(_members(process.pid)) < 3:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not _members(process.pid)
+
+
+def test_redirects_are_not_followed():
+    class Elsewhere(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(307)
+            self.send_header("Location", "http://127.0.0.1:9/")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Elsewhere)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with pytest.raises(Exception, match="/health: HTTP 307"):
+        connect_engine(f"http://127.0.0.1:{server.server_port}", ModelDescription(), start_timeout_s=0)
+    server.shutdown()
+
+
+def test_nobody_there():
+    start = time.monotonic()
+    with pytest.raises(EngineLostError, match="127.0.0.1:9/health: ConnectError"):
+        connect_engine("http://127.0.0.1:9", ModelDescription(), start_timeout_s=1.0)
+    assert 1.0 < time.monotonic() - start < 10
+
+
+def test_describing_a_model(folder):
+    assert describe_model(folder, dtype="float32") == ModelDescription(
+        architecture="Qwen2ForCausalLM", vocab_size=320, hidden_size=128, layers=2, tied=False, dtype="float32"
+    )
+
+
+@pytest.mark.parametrize("kind, tied", [("qwen2", False), ("qwen3", True), ("llama", False), ("llama", True)])
+def test_expected_weights_are_those_of_a_checkpoint(tmp_path, kind, tied):
+    model = make_model(tmp_path, kind, tied=tied)
+    sent = [(name, "float32", list(t.shape)) for name, t in weights_of(model)]
+    expected = ExpectedWeights(model.config, "float32")
+    assert expected.missing() == [name for name, _, _ in sent]
+    expected.check(*map(list, zip(*sent, strict=True)))
+    assert expected.missing() == []
+    expected.restart()
+    expected.check(*map(list, zip(*sent[1:], strict=True)))
+    assert expected.missing() == [sent[0][0]]
+    with pytest.raises(ValueError, match=f"{sent[1][0]} came twice"):
+        expected.check(*([x] for x in sent[1]))

@@ -27,7 +27,7 @@ from megatron_plugin.hooks.attach_checks import check_attachable
 from megatron_plugin.hooks.books import Books
 from megatron_plugin.hooks.forward_step import masked_inputs
 from megatron_plugin.hooks.gpt_model import HeadSurgery, Seen, head_of
-from megatron_plugin.hooks.head_loss import HeadLoss, Tokens
+from megatron_plugin.hooks.head_loss import PLAIN, HeadLoss, Tokens
 from megatron_plugin.hooks.report import check_normalised_per_step, check_will_be_divided, report
 from megatron_plugin.kernels.main_grad import MainGrad
 from megatron_plugin.losses.binding import bind
@@ -126,6 +126,22 @@ class Handle:
         """After a step that was given up half-way, with its gradients zeroed: its forwards will have no backward, and that is right."""
         if self._ledger is not None:
             self._ledger.reset()
+
+    @contextlib.contextmanager
+    def plain(self, *, temperature: float | None = None) -> Iterator[None]:
+        """Inside, forwards form plain cross-entropy instead of the attached loss: the same statistics of each token, and no need of inputs.
+
+        temperature: of the logits; None: that of the attached head.  Where nothing is attached it does nothing."""
+        if not self.active:
+            yield
+            return
+        attached = self._loss
+        head = attached.head if temperature is None else replace(attached.head, temperature=temperature)
+        self._loss = replace(attached, loss=PLAIN, head=head)
+        try:
+            yield
+        finally:
+            self._loss = attached
 
     @contextlib.contextmanager
     def inputs(self, inputs: TokenInputs, *, on_host: Tensor | None = None) -> Iterator[None]:

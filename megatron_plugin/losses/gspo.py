@@ -21,7 +21,7 @@ def gspo(
     eq. 14, and verl), 0 where s is clipped.  With the coefficient 1 / |y| (parallel/normaliser.py: Source(denominator="sequence")) it is
     the paper's gradient exactly.  The clips are the paper's; they bound a mean over the sequence and are far smaller than GRPO's.
 
-    Not token-local: s needs all of y.  inputs.extra["sequence"] is the same number on all tokens of a sequence, and another on every other
+    Of own answers only; with demonstrations in the step take chord or srft.  Not token-local: s needs all of y.  inputs.extra["sequence"] is the same number on all tokens of a sequence, and another on every other
     sequence of the call; a sequence lies in one call with all its trained tokens (no context parallelism over it, no chunk border in it).
     Tokens whose coefficient is 0 are not counted.  Needs inputs.advantage, the same on a whole sequence; without inputs.old_logp s = 1.
     The mean log-ratio is held to +-20 nats.  Besides, the options of losses/rollout_options.py.

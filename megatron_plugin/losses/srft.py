@@ -61,7 +61,7 @@ def srft(
 
     [T].  Needs inputs.expert (True: demonstration) and inputs.advantage, that of the group with its demonstrations in it
     (losses/advantages.py: augmented_advantages); "paper" also inputs.extra["reward"], above 0 where the answer is right (the paper's +1 and
-    -1; not read on demonstrations).  Each term is a mean over its source with unit weight: Source(share=1) twice (parallel/normaliser.py).
+    -1; points for form or length belong in the advantage only; not read on demonstrations).  Each term is a mean over its source with unit weight: Source(share=1) twice (parallel/normaliser.py).
 
     The paper's +log p is unbounded: what a sample made impossible is pushed on at full strength, and the more often a batch is reused, the
     further.  Below `wrong_floor` (nats, default e^-10 = 4.5e-5) a wrong token has no gradient; -inf is the paper.  The default touches

@@ -11,7 +11,7 @@ from megatron_plugin.data import IGNORE_INDEX, Prompt, Sample
 from megatron_plugin.rollout.engine import Completion
 from megatron_plugin.rollout.rewards import RewardResult
 
-__all__ = ["Group", "expert_sample", "rollout_samples"]
+__all__ = ["Group", "expert_sample", "is_right", "rollout_samples"]
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,17 @@ class Group:
     """Advantage of the prompt's expert answer, where it was taken into the group (SRFT)."""
 
 
-def rollout_samples(group: Group, *, first: int) -> list[Sample]:
-    """A sample for each completion that has a token: the prompt without, the completion with a loss.  `first`: number of its first sequence."""
+def is_right(result: RewardResult) -> bool:
+    """Whether the answer is right: a reward above 0, of a sum that of its first part.  Points for form or length make no answer right."""
+    return next(iter(result.parts.values()), result.reward) > 0
+
+
+def rollout_samples(group: Group, *, first: int, extra: bool) -> list[Sample]:
+    """A sample for each completion that has a token: the prompt without, the completion with a loss.
+
+    Columns expert, advantage, rollout_logp; with `extra` also reward (1 for a right answer, else 0) and sequence (numbers from `first` on)."""
     made = []
-    for number, (completion, reward, advantage) in enumerate(zip(group.completions, group.rewards, group.advantages, strict=True), first):
+    for number, (completion, result, advantage) in enumerate(zip(group.completions, group.results, group.advantages, strict=True), first):
         if not completion.token_ids:
             continue
         prompt, length = len(group.prompt.token_ids), len(completion.token_ids)
@@ -41,16 +48,18 @@ def rollout_samples(group: Group, *, first: int) -> list[Sample]:
         columns = {
             "expert": torch.zeros(prompt + length),
             "advantage": torch.where(trained_T, advantage, 0.0),
-            "reward": torch.where(trained_T, reward, 0.0),
-            "sequence": torch.full((prompt + length,), float(number)),
             "rollout_logp": torch.tensor([0.0] * prompt + list(completion.logprobs)),
         }
+        if extra:
+            columns["reward"] = torch.where(trained_T, float(is_right(result)), 0.0)
+            columns["sequence"] = torch.full((prompt + length,), float(number))
         labels_T = torch.where(trained_T, tokens_T, IGNORE_INDEX)
         made.append(Sample(tokens_T, labels_T, trained_T.float(), group.prompt.source, columns))
     return made
 
 
-def expert_sample(sample: Sample, advantage: float = 0.0) -> Sample:
-    """The demonstration, marked as one; its reward is 1."""
+def expert_sample(sample: Sample, advantage: float = 0.0, *, extra: bool) -> Sample:
+    """The demonstration, marked as one; with `extra`, as a right answer."""
     ones_T = torch.ones(len(sample.tokens_T))
-    return replace(sample, columns={"expert": ones_T, "advantage": advantage * ones_T, "reward": ones_T.clone()})
+    columns = {"expert": ones_T, "advantage": advantage * ones_T} | ({"reward": ones_T.clone()} if extra else {})
+    return replace(sample, columns=columns)

@@ -28,7 +28,7 @@ from megatron_plugin.losses.reduction import LossOutput
 from megatron_plugin.parallel.context import context_gather
 from megatron_plugin.parallel.normaliser import Source
 from megatron_plugin.trainer.sources import is_expert, source_metrics, source_names
-from megatron_plugin.trainer.step import on_every_rank, plain_loss, prepare_step, run_step
+from megatron_plugin.trainer.step import on_every_rank, prepare_step, run_step
 
 __all__ = ["MixedRows", "Scored", "mix", "score", "train_mixed"]
 
@@ -175,7 +175,7 @@ def score(config: Config, chunks: list, handle: Handle, mixed: MixedRows) -> lis
         chunk.eval()
     try:
         step = prepare_step(chunks, mixed.batches())
-        with plain_loss(handle):
+        with handle.plain():
             found = run_step(config, chunks, handle, step, train=False, collect=_logp_and_entropy)
     finally:
         for chunk, mode in zip(chunks, training, strict=True):

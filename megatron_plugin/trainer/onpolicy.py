@@ -38,6 +38,7 @@ class OnPolicy:
         with as_config_error("loss", config.sources.get("loss.name")):
             self.names = metric_names(run.loss, GIVEN)
         self.mixes = config.loss_name in MIXED_LOSSES or ("." in config.loss_name and config.data.expert_samples > 0)
+        self.extra = run.loss.twin is None  # a twin reads no extra inputs, and beside any its loss would be formed in PyTorch (losses/objective.py)
         self.experts = run.data.train.samples
         self.by_source = {sample.source: sample for sample in self.experts}
         self.expert_order = RowOrder(len(self.experts), max(config.data.expert_samples, 1), config.seed, fingerprint=run.data.train.fingerprint())
@@ -104,17 +105,17 @@ class OnPolicy:
         parts = []
         for part in range(updates):
             own = groups[part * len(groups) // updates : (part + 1) * len(groups) // updates]
-            samples = [sample for i, group in enumerate(own) for sample in rollout_samples(group, first=i * self.rollout.n)]
+            samples = [sample for i, group in enumerate(own) for sample in rollout_samples(group, first=i * self.rollout.n, extra=self.extra)]
             parts.append(mix(self.run.config, samples + (self._experts(own) if with_experts else [])))
         return self.scorer.score(parts, several=updates > 1) if with_rollouts else parts
 
     def _experts(self, groups: Sequence[Group]) -> list[Sample]:
         """This replica's share of the step's expert samples: the next ones in order, or for srft the demonstrations of the groups' prompts."""
         if self.run.config.loss_name == "srft":
-            return [expert_sample(self.by_source[group.prompt.source], group.demonstration) for group in groups]
+            return [expert_sample(self.by_source[group.prompt.source], group.demonstration, extra=self.extra) for group in groups]
         chosen, replicas = self.expert_order.next_step(), self.leaders.replicas
         mine = chosen[self.leaders.replica * len(chosen) // replicas : (self.leaders.replica + 1) * len(chosen) // replicas]
-        return [expert_sample(self.experts[i]) for i in mine]
+        return [expert_sample(self.experts[i], extra=self.extra) for i in mine]
 
     def evaluate(self, *, last: bool) -> dict[str, float]:
         """Held-out rewards, greedy and sampled, and plain NLL."""

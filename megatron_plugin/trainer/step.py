@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -22,13 +22,12 @@ from megatron_plugin.data import PackedBatch, PackedRows, attention_mask, shard
 from megatron_plugin.hooks.attach import Handle
 from megatron_plugin.hooks.mcore import broadcast_from_last_stage, device, forward_backward, groups
 from megatron_plugin.hooks.report import token_means
-from megatron_plugin.losses.binding import bind
 from megatron_plugin.losses.reduction import LossOutput
 from megatron_plugin.parallel.context import context_slice
 from megatron_plugin.parallel.normaliser import Source, StepCounts, coefficients, count_step, divisor, tokens_to_divide_by
 from megatron_plugin.trainer.sources import step_mask, token_inputs
 
-__all__ = ["MicroBatch", "Step", "on_every_rank", "plain_loss", "prepare_step", "run_rows", "run_step"]
+__all__ = ["MicroBatch", "Step", "on_every_rank", "prepare_step", "run_rows", "run_step"]
 
 
 class MicroBatch(NamedTuple):
@@ -64,7 +63,7 @@ def run_rows(
     ours = groups()
     mine = shard(list(rows), dp_rank=ours.dp.rank(), dp_size=ours.dp.size(), micro_batch=config.train.micro_batch)
     step = prepare_step(chunks, [data.batch(micro_batch) for micro_batch in mine])
-    with contextlib.nullcontext() if train else plain_loss(handle, temperature=1.0):
+    with contextlib.nullcontext() if train else handle.plain(temperature=1.0):
         reports = run_step(config, chunks, handle, step, train=train)
     return on_every_rank(token_means(reports, group=ours.dp_cp), [*names, "num_tokens"])
 
@@ -132,23 +131,6 @@ def _loss_func(handle: Handle, step: Step, divide_by: Tensor | None, measure, ou
         loss_sum, tokens = pairs["lm loss"]
         pairs = pairs | {"lm loss": torch.stack([loss_sum * (step.loss_tokens / step.divided_by), tokens])}
     return total, count, pairs if measure is None else pairs | measure(handle.output)
-
-
-@contextlib.contextmanager
-def plain_loss(handle: Handle, *, temperature: float | None = None) -> Iterator[None]:
-    """Inside, forwards form plain cross-entropy instead of the attached loss: the same statistics of each token, and no need of inputs.
-
-    temperature: of the logits; None: that of the attached loss."""
-    if not handle.active:
-        yield
-        return
-    attached = handle._loss
-    head = attached.head if temperature is None else replace(attached.head, temperature=temperature)
-    handle._loss = replace(attached, loss=bind("sft"), head=head)
-    try:
-        yield
-    finally:
-        handle._loss = attached
 
 
 def on_every_rank(means: dict[str, float], names: Sequence[str]) -> dict[str, float]:

@@ -3,33 +3,11 @@
     python tests/mutants.py [word ...]        only faults whose name holds a word; keeps the table tests/MUTANTS.md
 """
 
-import os
-import re
-import shlex
-import shutil
-import subprocess
 import sys
-import tempfile
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-KEEP = ("kernels", "csrc", "megatron_plugin", "tests", "examples", "configs", "pyproject.toml", "README.md", "requirements")
-WORKERS = 2
-TIMEOUT_S = 900
-
-
-@dataclass(frozen=True)
-class Mutant:
-    name: str
-    """What went wrong, as one would say it in a post-mortem."""
-    file: str
-    old: str
-    new: str
-    killer: str
-    """pytest selection that must fail."""
-
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests.plant import Mutant, main
 
 OPS, STATS, BAD = "tests/test_ops.py", "tests/kernels/test_token_stats.py", "tests/kernels/test_bad_rows.py"
 VOCAB, NORMALISER, OFFLINE = "tests/parallel/test_vocab.py", "tests/parallel/test_normaliser.py", "tests/kernels/test_compiled_offline.py"
@@ -41,6 +19,12 @@ W, WEIGHTS = "megatron_plugin/hooks/weights/", "tests/hooks/test_weights"
 STEPS = "tests/hooks/test_attach_steps.py"
 ATTACH, SELF, MOE = "tests/hooks/test_attach.py", "tests/hooks/test_self_test.py", "tests/parallel/test_moe_divisor.py"
 LOSSES, LAYOUTS = "tests/losses", "tests/trainer/test_layouts.py"
+POLICY, OPTIONS = "tests/losses/test_policy_values.py", "tests/losses/test_rollout_options.py"
+MIXED, STEP_FILE = "tests/trainer/test_mixed.py", "megatron_plugin/trainer/step.py"
+R, FLEET, LOST = "megatron_plugin/rollout/", "tests/rollout/test_fleet.py", "tests/rollout/test_fleet_losses.py"
+ENGINE, SERVER, HTTP = "tests/rollout/test_vllm_engine.py", "tests/rollout/test_vllm_server.py", "tests/rollout/test_vllm_http.py"
+PROCESS, TRANSFER = "tests/rollout/test_vllm_process.py", "tests/rollout/test_transfer.py"
+RESTARTS, REWARDS, POOL = "tests/rollout/test_fleet_restarts.py", "tests/rollout/test_rewards.py", "tests/rollout/test_worker_pool.py"
 
 MUTANTS = [
     Mutant("DFT's weight is differentiated", "megatron_plugin/losses/dft.py", "weight_T = stats.logp.detach().exp()", "weight_T = stats.logp.exp()", LOSSES),
@@ -84,7 +68,7 @@ MUTANTS = [
            "torch.enable_grad(), saving_as_it_is():", "torch.enable_grad():", ONE_PASS + " -k recomputed"),
     Mutant("min_weight drops the heavy tokens", "kernels/linear_token_loss.py", "(~(table[REACH] < min_weight))", "(table[REACH] < min_weight)", "tests/kernels/test_linear_rows.py"),
     Mutant("the softcap's derivative is forgotten", "kernels/head.py", "dz[tile] = bent.square_().neg_().add_(1.0).mul_(dz[tile])", "pass", LINEAR),
-    Mutant("the next chunk's tokens get this one's inputs", "kernels/linear_token_loss.py", "objective.at(chunk.tokens), sweep", "objective.at(slice(0, chunk.size)), sweep", LINEAR),
+    Mutant("the next chunk's tokens get this one's inputs", "kernels/linear_token_loss.py", "objective.at(chunk.tokens), sweep.exchange.gather_partials)", "objective.at(slice(0, chunk.size)), sweep.exchange.gather_partials)", LINEAR),
     Mutant("dW is that of the last chunk", "kernels/weight_grad.py", "(assign_ if self._first else accumulate_)(self.total", "assign_(self.total", LINEAR),
     Mutant("a forward into main_grad is not booked", "kernels/main_grad.py", "self._pending += 1", "pass", TRAINING),
     Mutant("another scale than announced goes unnoticed", "kernels/main_grad.py", "self._strangers += strange", "pass", TRAINING),
@@ -124,7 +108,7 @@ MUTANTS = [
     Mutant("labels in the batch's order, hidden states in the sequence's", "megatron_plugin/hooks/head_loss.py", "tokens.masked_labels().t().contiguous(), tokens", "tokens.masked_labels().contiguous().view(tokens.labels.shape[::-1]), tokens", ATTACH),
     Mutant("the loss scale is not told", "megatron_plugin/hooks/report.py", "scale = config.grad_scale_func(torch.ones((), device=device))", "scale = 1.0", f"{STEPS}::test_half_precision_under_the_wrappers"),
     Mutant("the books of main_grad are never closed", "megatron_plugin/hooks/books.py", "            ledger.finalize()", "            pass", f"{STEPS}::test_a_dropped_forward_is_found"),
-    Mutant("context-parallel slices are not zig-zag", "megatron_plugin/parallel/context.py", "(pieces[rank], pieces[-1 - rank])", "(pieces[2 * rank], pieces[2 * rank + 1])", "tests/parallel/test_context.py"),
+    Mutant("context-parallel slices are not zig-zag", "megatron_plugin/parallel/context.py", "torch.cat((pieces[rank], pieces[-1 - rank]), dim)", "torch.cat((pieces[2 * rank], pieces[2 * rank + 1]), dim)", "tests/parallel/test_context.py"),
     Mutant("the self-test reads a gradient another rank reduced", "megatron_plugin/hooks/self_test.py", "owned = not sharded or dist.get_rank(groups[0]) == 0", "owned = True", f"{SELF} -k PP2xDP2"),
     Mutant("the self-test changes the user's config", "megatron_plugin/hooks/self_test.py", "probe = copy.copy(config)", "probe = config", f"{SELF} -k one"),
     Mutant("the self-test keeps the user's callbacks", "megatron_plugin/hooks/self_test.py", "timers=None, grad_scale_func=None,", "timers=None,", f"{SELF} -k DP2"),
@@ -182,82 +166,72 @@ MUTANTS = [
     Mutant("TRL's loss is divided by the micro-batch", 'megatron_plugin/hooks/dropins/trl.py', 'if num_items_in_batch is None else', 'if True else', 'tests/hooks/test_dropins_trl.py'),
     Mutant('doctor compares versions as text', 'megatron_plugin/doctor.py', '_minor(found) < OLDEST_TORCH', "found < '2.6'", 'tests/test_doctor.py'),
     Mutant('doctor is content with what is broken', 'megatron_plugin/doctor.py', 'if broken:', 'if not broken:', 'tests/test_doctor.py -k exits'),
+    Mutant("GSPO's value has no derivative", "megatron_plugin/losses/gspo.py", "(mean_T + (stats.logp - logp_T))", "(mean_T + 0 * stats.logp)", POLICY + " -k gspo"),
+    Mutant("CISPO's weight is not clipped", "megatron_plugin/losses/cispo.py", "weight_T = kept_T * advantage_T", "weight_T = ratio_T * advantage_T", POLICY + " -k cispo"),
+    Mutant("k3's log-ratio has the other sign", "megatron_plugin/losses/kl.py", "(ref_logp_T - logp_T).clamp", "(logp_T - ref_logp_T).clamp", OPTIONS + " -k kl"),
+    Mutant("the mismatch weight is p_rollout / p_old", "megatron_plugin/losses/mismatch.py", "(old_logp_T.detach() - rollout_logp_T)", "(rollout_logp_T - old_logp_T.detach())", OPTIONS + " -k mismatch"),
+    Mutant("CHORD's rollout term sees expert tokens", "megatron_plugin/losses/chord.py", "of_tokens(~expert_T, stats)", "stats", "tests/losses/test_chord.py"),
+    Mutant("a group's deviation has n in the denominator", "megatron_plugin/losses/advantages.py", "else group.std()", "else group.std(correction=0)", "tests/losses/test_advantages.py"),
+    Mutant("a twin runs with parameters it does not know", "megatron_plugin/losses/objective.py", "if not _twin_knows_all(loss):", "if False:", OPTIONS + " -k twin"),
+    Mutant("a column stays at its token while the label moves", "megatron_plugin/data/packing.py", "= values_T[1:]", "= values_T[:-1]", "tests/data/test_packing.py -k columns_are_mapped"),
+    Mutant("unpacked values are one token late", "megatron_plugin/data/packing.py", "values_bs[place, start : stop - 1]", "values_bs[place, start + 1 : stop]", f"{MIXED} -k 'computed_apart and TP1'"),
+    Mutant("a packed row counts as one sequence", "megatron_plugin/trainer/sources.py", "sequence_tokens(live, segment_ids=batch.segment_ids)", "sequence_tokens(live)", f"{MIXED} -k 'computed_apart and TP1'"),
+    Mutant("sources are counted on one context-parallel slice", STEP_FILE, "counts = count_step(masks, ours.dp_cp)", "counts = count_step(masks, ours.dp)", f"{MIXED} -k 'computed_apart and CP2'"),
+    Mutant("sources are counted on one rank", STEP_FILE, "counts = count_step(masks, ours.dp_cp)", "counts = count_step(masks)", f"{MIXED} -k 'computed_apart and DP2'"),
+    Mutant("the data weight is lost beside the coefficient", STEP_FILE, "torch.where(part.coefficient != 0, batch.loss_weight, 0.0)", "(part.coefficient != 0).float()", f"{MIXED} -k 'computed_apart and TP1'"),
+    Mutant("mixture of experts: megatron-core divides by the loss tokens", STEP_FILE, "handle.loss_func(output, num_tokens=num_tokens)", "handle.loss_func(output)", f"{MIXED} -k mixture_of_experts"),
+    Mutant("mixture of experts: coefficients for another N", STEP_FILE, "rollout=rollout, divided_by=divided_by)", "rollout=rollout)", f"{MIXED} -k mixture_of_experts"),
+    Mutant("padding is left out of N though the router gets it", "megatron_plugin/trainer/sources.py", "torch.ones_like(live, dtype=torch.bool)", "batch.segment_ids >= 0", f"{MIXED} -k mixture_of_experts"),
+    Mutant("mu = 0 keeps expert samples in the rows", "megatron_plugin/trainer/mixed.py", "    if expert.share and rollout.share:\n", "    if True:\n", f"{MIXED} -k leaves_no_bit"),
+    Mutant("a rank without experts lacks the columns of the others", "megatron_plugin/trainer/mixed.py", "for _, names, _ in everyone for name in names", "for name in columns", f"{MIXED} -k 'computed_apart and DP4'"),
+    Mutant("each rank has its own number of micro-batches", "megatron_plugin/trainer/mixed.py", "return max(n for n, *_ in everyone)", "return needed", f"{MIXED} -k 'computed_apart and DP2'"),
+    Mutant("the largest mismatch is summed over ranks", "megatron_plugin/trainer/mixed.py", "ReduceOp.MAX", "ReduceOp.SUM", f"{MIXED} -k 'computed_apart and CP2'"),
+    Mutant("k3 over expert tokens too", "megatron_plugin/trainer/sources.py", 'torch.expm1(difference) - difference, tokens["rollout"]', "torch.expm1(difference) - difference, live", f"{MIXED} -k 'computed_apart and TP1'"),
+    Mutant("the model's own weights are lost in the swap", "megatron_plugin/trainer/reference.py", "kept.copy_(own", "kept.copy_(live", "tests/trainer/test_reference.py -k 'leaves_no_bit and TP1'"),
+    Mutant("a half exchange is undone as a whole one", "megatron_plugin/trainer/reference.py", "self._exchange(self._swapped, back=True)", "self._exchange(len(self._live), back=True)", "tests/trainer/test_reference.py -k half_way"),
+    Mutant("engines with older weights are asked too", R + "fleet.py", "return [slot for slot in healthy if slot.version == newest]", "return healthy", f"{FLEET} -k older_weights"),
+    Mutant("an answer of a lost engine counts", R + "dispatch.py", "        if attempt in self.running and attempt.slot.cause is None:", "        if attempt in self.running:", f"{LOST} -k midst"),
+    Mutant("a lost engine's requests are forgotten", R + "dispatch.py", "                self.pending.appendleft(attempt.request)\n", "", f"{LOST} -k elsewhere"),
+    Mutant("what a STALE engine refuses is blamed on the prompt", R + "dispatch.py", "_is_refusal(error) and _is_healthy(engine)", "_is_refusal(error)", f"{LOST} -k stale"),
+    Mutant("completions of other weights are taken", R + "dispatch.py", "if completion.weight_version != self.version:", "if False:", f"{LOST} -k elsewhere"),
+    Mutant("a prompt that kills engines kills them all", R + "dispatch.py", "if self.tries[key] < MAX_TRIES:", "if True:", f"{LOST} -k kills"),
+    Mutant("a closed fleet waits for an engine that hangs", R + "dispatch.py", "POLL_S = 0.5", "POLL_S = 500", f"{RESTARTS} -k signal"),
+    Mutant("a signal handler waits for a lock", R + "fleet.py", "        self._books.closed = True\n", "        with self._books.lock:\n            self._books.closed = True\n", f"{RESTARTS} -k locked --timeout=30"),
+    Mutant("restarts that work are not counted", R + "fleet.py", "                slot.restarts += 1\n", "                slot.restarts += isinstance(outcome, BaseException)\n", f"{RESTARTS} -k counted --timeout=30"),
+    Mutant("an engine started during a close outlives it", R + "fleet.py", "                for slot in able:\n                    slot.engine.close()\n", "", f"{RESTARTS} -k during_a_restart"),
+    Mutant("one verdict for the same text under two references", R + "rewards.py", "[i if self._own else (sample.completion, sample.reference) for", "[sample.completion for", f"{REWARDS} -k test_math"),
+    Mutant("a judge that begins to fail teaches with zeros", R + "rewards.py", "(self.verdicts == 0 or self.in_a_row >= FAILURES)", "self.verdicts == 0", f"{REWARDS} -k begins_to_fail"),
+    Mutant("a NaN reward is passed on", R + "rewards.py", "if not math.isfinite(verdict.reward):", "if False:", f"{REWARDS} -k no_reward"),
+    Mutant("an interrupted call's verdict goes to the next answer", R + "worker_pool.py", "            for worker in busy:  # interrupted", "            for worker in ():  # interrupted", f"{POOL} -k interrupted --timeout=60"),
+    Mutant("memory that earlier answers kept is held against the next", R + "worker_pool.py", 'verdict.cause != "timeout" and worker.answered > 1', "False", f"{POOL} -k earlier"),
+    Mutant("an answer is asked again of a worker that is full too", R + "worker_pool.py", "if index in again:", "if False:", f"{POOL} -k fresh"),
+    Mutant("a judge's children are left running", R + "worker_pool.py", "os.killpg(process.pid, signal.SIGKILL)", "os.kill(process.pid, signal.SIGKILL)", f"{POOL} -k left_running"),
+    Mutant("what a judge prints is taken for its verdict", R + "reward_worker.py", "    os.dup2(2, 1)", "    #os.dup2(2, 1)", f"{POOL} -k prints"),
+    Mutant("an answer may fill the machine's memory", R + "reward_worker.py", '    _limit_memory(task["memory_mb"])\n', "", f"{POOL} -k 'trouble and memory'"),
+    Mutant("a busy worker outlives its killed parent", R + "reward_worker.py", '        signal.setitimer(signal.ITIMER_REAL, task["timeout_s"])\n', "", f"{POOL} -k ends_with_its_parent"),
+    Mutant("a resumed run loses the samples of its last step", R + "log.py", 'record["step"] <= resumed_at', 'record["step"] < resumed_at', "tests/rollout/test_log.py"),
+    Mutant("a torn line is glued to the next", R + "log.py", 'if not line.endswith(b"\\n"):', "if False:", "tests/rollout/test_log.py"),
+    Mutant("weight versions may go back", R + "vllm_http.py", "if version <= (newest := self.newest_version):", "if version <= (newest := -2):", f"{HTTP} -k never_go_back"),
+    Mutant("the old weights are served while the new ones come", R + "vllm_http.py", "        self.weight_version = None\n        self._updating = version\n", "        self._updating = version\n", f"{HTTP} -k half_an_update"),
+    Mutant("nobody looks whose weights drew a completion", R + "vllm_http.py", "if token_ids and versions != {str(version)}:", "if False:", f"{HTTP} -k that_are_none"),
+    Mutant("an engine that was restarted by others counts as updated", R + "vllm_http.py", "            if self.weight_version == version:  # else an update of our own came between\n                self.weight_version = None\n", "", f"{HTTP} -k that_are_none"),
+    Mutant("an answer that waited behind an update spoils it", R + "vllm_http.py", "            if self.weight_version == version:  # else", "            if True:  # else", f"{HTTP} -k before_an_update"),
+    Mutant("a request goes to a connection that the server closes", R + "vllm_wire.py", "max_keepalive_connections=0", "max_keepalive_connections=64", f"{HTTP} -k refusal_is_not_a_loss"),
+    Mutant("checksums are not compared", R + "transports/bucket.py", "if manifest.crc32 and (found := crc32(raw)) != manifest.crc32[i]:", "if False:", f"{TRANSFER} -k bytes_that_changed"),
+    Mutant("the last bucket is not sent", R + "transfer.py", "            update.flush()\n            update.each", "            update.each", f"{TRANSFER} -k every_engine"),
+    Mutant("tensors are not exhausted after a refusal", R + "transfer.py", "            except Exception as error:  # raised later: `tensors` must be exhausted first\n                self.failure = self.failure or error", "            except Exception as error:\n                raise error", f"{TRANSFER} -k a_refusal"),
+    Mutant("a server may listen to all machines", R + "vllm_process.py", "if not allow_public and not _is_loopback(host):", "if False:", f"{PROCESS} -k permission"),
+    Mutant("heads without CPU kernels are found by vLLM, half a minute later", R + "vllm_process.py", "            check_cpu_heads(config)\n", "            pass\n", f"{PROCESS} -k heads_that_vllm"),
+    Mutant("the trainer's store listens on every interface", R + "transports/gloo.py", "        store = dist.TCPStore(address, port, world, True, self.timeout, wait_for_workers=False, master_listen_fd=listener.detach())\n", "        listener.close()\n        store = dist.TCPStore(address, port, world, True, self.timeout, wait_for_workers=False)\n", f"{TRANSFER} -k gloo_listens"),
+    Mutant("points for format make an answer right", "megatron_plugin/trainer/batch.py", "next(iter(result.parts.values()), result.reward) > 0", "result.reward > 0",
+           "tests/trainer/test_batch.py"),
+    Mutant("on-policy GRPO runs without its kernel", "megatron_plugin/trainer/batch.py", "        if extra:\n", "        if True:\n", "tests/trainer/test_batch.py"),
+    # these start a real vLLM
+    Mutant("keys and values of the old weights are used again", R + "vllm_http.py", 'if not self._wire.request("POST", "/reset_prefix_cache").json()["success"]:', "if False:", f"{ENGINE} -k prefix_cache"),
+    Mutant("a tied head keeps the old embedding", R + "vllm_plugin.py", "        _repack_heads(self.tied)\n", "", f"{SERVER} -k tied_model"),
+    Mutant("the engine throws checksums away", R + "vllm_plugin.py", "manifest = Manifest.of(vars(update_info))", 'manifest = Manifest.of(vars(update_info) | {"crc32": []})', f"{ENGINE} -k changed_on_the_way"),
+    Mutant("an engine generates with a part of an update", R + "vllm_plugin.py", "        if incomplete:\n", "        if False:\n", f"{ENGINE} -k 'of_another_model and missing'"),
 ]
 
-
-def _copy() -> Path:
-    copy = Path(tempfile.mkdtemp(prefix="mutant-"))
-    for name in KEEP:
-        source = ROOT / name
-        if source.is_dir():
-            shutil.copytree(source, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-        elif source.exists():
-            shutil.copy(source, copy / name)
-    return copy
-
-
-def _pytest(tree: Path, selection: str) -> subprocess.CompletedProcess:
-    env = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *shlex.split(selection)]
-    return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=TIMEOUT_S)
-
-
-def _failed_test(output: str) -> str | None:
-    return next((line.split(" - ")[0].split(" ", 1)[1] for line in output.splitlines() if line.startswith(("FAILED", "ERROR"))), None)
-
-
-def run(mutant: Mutant) -> str | None:
-    """The test that killed the mutant, or None if it survived.  AssertionError when the fault cannot be planted."""
-    tree = _copy()
-    try:
-        target = tree / mutant.file
-        text = target.read_text()
-        assert text.count(mutant.old) >= 1, f"{mutant.name}: {mutant.file} no longer holds {mutant.old!r}"
-        target.write_text(text.replace(mutant.old, mutant.new))
-        result = _pytest(tree, mutant.killer)
-        if result.returncode < 0:  # a wild pointer ends the interpreter, and with it the test run
-            return f"{mutant.killer} (crashed with signal {-result.returncode})"
-        return _failed_test(result.stdout) if result.returncode == 1 else None
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        shutil.rmtree(tree)
-
-
-TABLE = ROOT / "tests" / "MUTANTS.md"
-
-
-def _write_table(killers: dict[str, str]) -> None:
-    """Rows of the faults that were run, over those of earlier runs; a fault that no longer exists leaves the table."""
-    rows = dict(re.findall(r"^\| (.+?) \| \S+ \| `(.+?)` \|$", TABLE.read_text(), re.M)) if TABLE.exists() else {}
-    rows |= {name: killer.split("[")[0] for name, killer in killers.items()}
-    lines = ["# Planted faults and the test that catches each", "", "Written by `tests/mutants.py`.", "", "| fault | planted in | killed by |", "|---|---|---|"]
-    lines += [f"| {m.name} | {m.file} | `{rows.get(m.name, 'not run')}` |" for m in MUTANTS]
-    TABLE.write_text("\n".join(lines) + "\n")
-
-
-def main(words: list[str]) -> int:
-    chosen = [m for m in MUTANTS if not words or any(w in m.name for w in words)]
-    tree = _copy()
-    where = subprocess.run([sys.executable, "-c", "import megatron_plugin; print(megatron_plugin.__file__)"], cwd=tree, text=True,
-                           env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True, check=True).stdout
-    assert str(tree) in where, f"the copy is not what is imported: {where}"
-    selections = sorted({m.killer.split(" -k ")[0] for m in chosen})
-    clean = _pytest(tree, " ".join(selections))
-    shutil.rmtree(tree)
-    if clean.returncode != 0:
-        print(f"without any fault {_failed_test(clean.stdout)} fails: nothing can be learnt\n{clean.stdout[-2000:]}")
-        return 1
-    with ThreadPoolExecutor(WORKERS) as pool:
-        killers = []
-        for mutant, killer in zip(chosen, pool.map(run, chosen), strict=True):
-            killers.append(killer)
-            print(f"{'killed  ' if killer else 'SURVIVED'}  {mutant.name}  {killer or mutant.killer}", flush=True)
-    survivors = sum(killer is None for killer in killers)
-    print(f"{len(chosen) - survivors} of {len(chosen)} killed", flush=True)
-    _write_table({m.name: killer or "SURVIVED" for m, killer in zip(chosen, killers, strict=True)})
-    return 1 if survivors else 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(MUTANTS, sys.argv[1:]))

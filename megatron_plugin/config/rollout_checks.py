@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from typing import NoReturn
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from megatron_plugin.config.errors import ConfigError
 from megatron_plugin.config.schema import Config
@@ -44,7 +44,7 @@ def _check_engine(config: Config) -> None:
         _fail(config, "rollout.url", f"got {', '.join(rollout.url) or 'nothing'}, expected {expected}")
     for url in rollout.url:
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
+        if parts.scheme not in ("http", "https") or not parts.hostname or not _has_port(parts) or parts.path.strip("/") or parts.query:
             _fail(config, "rollout.url", f"got {url!r}, expected scheme, host and port, such as http://10.0.0.7:8000")
     if len(set(rollout.url)) < len(rollout.url):
         _fail(config, "rollout.url", "got one address twice, expected each server once")
@@ -54,6 +54,14 @@ def _check_engine(config: Config) -> None:
         _fail(config, "rollout.sleep", "got true, expected false with rollout.max_staleness=1: the engine samples while the trainer trains")
     if rollout.max_staleness and not _corrected(config):
         _fail(config, "rollout.max_staleness", "got 1, expected a correction for samples of older weights beside it: loss.tis=2.0, or rollout.correction")
+
+
+def _has_port(parts: SplitResult) -> bool:
+    """Whether the port is a number that there is, or left out."""
+    try:
+        return parts.port != 0
+    except ValueError:
+        return False
 
 
 def _check_sampling(config: Config) -> None:
@@ -84,7 +92,8 @@ def check_rollout_world(config: Config, ranks: int) -> None:
         _fail(config, "rollout.prompts", f"got {rollout.prompts}, expected a multiple of {unit} ({because}); try {-(-rollout.prompts // unit) * unit}")
     if rollout.engine == "vllm" and rollout.engines > ranks:
         _fail(config, "rollout.engines", f"got {rollout.engines}, expected at most the data-parallel ranks ({ranks}): each has one leader")
-    if config.data.expert_samples % ranks:
+    mixes = config.loss_name == "chord" or "." in config.loss_name  # srft takes the demonstrations of its prompts
+    if mixes and config.data.expert_samples % ranks:
         got = config.data.expert_samples
         _fail(config, "data.expert_samples", f"got {got}, expected a multiple of the data-parallel ranks ({ranks}); try {-(-got // ranks) * ranks}")
 

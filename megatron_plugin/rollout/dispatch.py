@@ -246,7 +246,7 @@ def each(slots: Sequence[Slot], act: Callable[[RolloutEngine], Any], limit_s: fl
     end = None if limit_s is None else time.monotonic() + limit_s
     for thread in threads:
         thread.join(None if end is None else max(0.0, end - time.monotonic()))
-    return list(outcomes)  # a copy: a thread that comes late must not change what was reported
+    return outcomes
 
 
 def cause_of(error: BaseException) -> str:

@@ -126,12 +126,15 @@ def _math_judge():
             return Verdict(0.0, "no answer")
         return Verdict(1.0, "right") if tolerant(verify, expected, got, timeout_seconds=None) else Verdict(0.0, "wrong")
 
-    judge({"reference": "1", "completion": "$1$"})  # its grammar and patterns are built at the first use: 0.2 s
+    judge({"reference": "1", "completion": "$1$"})  # its grammar and patterns are built at the first use: 0.2 s, against 2 ms at the second
     return judge
 
 
 def _as_latex(reference: str) -> str:
-    """A reference as math-verify expects it: what follows GSM8K's mark, and bare formulae between dollars, else of \\frac{1}{2} only a 2 is read."""
+    """A reference as math-verify reads it: what follows GSM8K's mark, and bare formulae between dollars.
+
+    Left as they are, "\\boxed{3} boxes of 2, #### 6" is read as 3, 2\\pi as 2 and \\{1,2\\} as nothing (math-verify 0.9.0).
+    """
     reference = reference.rpartition("####")[2].strip()
     delimited = any(mark in reference for mark in ("$", "\\boxed", "\\(", "\\["))
     return reference if delimited else f"${reference}$"

@@ -139,7 +139,7 @@ class _Numeric:
         expected = None if sample.reference is None else _number(sample.reference)
         if expected is None:
             return Verdict(0.0, "no reference", f"no number in {(sample.reference or '')[:80]!r}")
-        got = extract_answer(_single_spaced(sample.completion))
+        got = extract_answer(sample.completion)
         if got is None:
             return Verdict(0.0, "no answer")
         return Verdict(1.0, "right") if got == expected else Verdict(0.0, "wrong")
@@ -257,9 +257,4 @@ def _named(sample: RewardSample, verdict: Verdict) -> RewardResult:
 def _number(reference: str) -> str | None:
     """What the reference answers: after its "####", or all of it when it is a bare number."""
     bare = re.fullmatch(r"[-+]?\$?(\d[\d,]*(\.\d+)?|\.\d+)", reference.strip())
-    return extract_answer(f"#### {reference.strip()}" if bare else _single_spaced(reference))
-
-
-def _single_spaced(text: str) -> str:
-    # extract_answer's pattern takes white space in three places: of 3 000 line breaks after "####" it would try every division into three
-    return re.sub(r"\s+", " ", text)
+    return extract_answer(f"#### {reference.strip()}" if bare else reference)

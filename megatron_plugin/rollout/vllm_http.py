@@ -9,48 +9,18 @@ Requests go to exactly the URL named: no redirect is followed, no proxy of the e
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
-import httpx
-
 from megatron_plugin.rollout.engine import Completion, EngineError, EngineLostError, Health, SamplingParams, WrongModelError
+from megatron_plugin.rollout.vllm_model import ModelDescription, describe_model
 from megatron_plugin.rollout.vllm_process import EngineOptions, ServerProcess, start_server
 from megatron_plugin.rollout.vllm_versions import check_vllm
+from megatron_plugin.rollout.vllm_wire import CONNECT_S, Wire
 
 __all__ = ["ModelDescription", "VLLMEngine", "connect_engine", "describe_model", "start_engine"]
-
-CONTROL_S = 120.0  # for routes that do not generate; the longest is a bucket of weights, and a pause behind long generations
-UNFIT = "do not fit the served model"  # in every message of vllm_plugin.py about weights of another model
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelDescription:
-    """What must be the same in trainer and engine.  None: not compared."""
-
-    architecture: str | None = None
-    """Such as "Qwen2ForCausalLM"."""
-    vocab_size: int | None = None
-    hidden_size: int | None = None
-    layers: int | None = None
-    tied: bool | None = None
-    dtype: str | None = None
-    max_model_len: int | None = None
-    """Tokens the engine must have room for; a larger context is welcome."""
-
-
-def describe_model(model_dir: str, *, dtype: str | None = None, max_model_len: int | None = None) -> ModelDescription:
-    """Of a folder with Hugging Face's config.json."""
-    config = json.loads((Path(model_dir) / "config.json").read_text())
-    return ModelDescription(
-        architecture=config["architectures"][0], vocab_size=config["vocab_size"], hidden_size=config["hidden_size"],
-        layers=config["num_hidden_layers"], tied=bool(config.get("tie_word_embeddings", False)), dtype=dtype, max_model_len=max_model_len,
-    )  # fmt: skip
 
 
 def start_engine(options: EngineOptions) -> VLLMEngine:
@@ -118,7 +88,7 @@ class VLLMEngine:
             )
         room = self.max_model_len - len(prompt_ids)
         body = {"token_ids": list(prompt_ids), "sampling_params": self._sampling(params, room)}
-        answer = self._request("POST", "/inference/v1/generate", timeout_s, json=body).json()
+        answer = self._wire.request("POST", "/inference/v1/generate", timeout_s, json=body).json()
         return [self._completion(choice, params, version) for choice in sorted(answer["choices"], key=lambda choice: choice["index"])]
 
     def _sampling(self, params: SamplingParams, room: int) -> dict[str, Any]:
@@ -141,9 +111,11 @@ class VLLMEngine:
         logprobs = tuple(entry["logprob"] for entry in (choice["logprobs"] or {}).get("content") or ())
         versions = {span["version"] for span in choice.get("weight_versions") or ()}
         if token_ids and versions != {str(version)}:
+            if self.weight_version == version:  # else an update of our own came between
+                self.weight_version = None
             raise EngineError(
                 f"{self.name}: got a completion of weight version(s) {', '.join(sorted(versions)) or 'unknown'}, expected {version} alone: "
-                "is the server updated by someone else, too?"
+                "was the server restarted, or is it updated by someone else, too?"
             )
         if len(logprobs) != len(token_ids) or not all(map(math.isfinite, logprobs)):
             raise EngineError(f"{self.name}: got {len(logprobs)} log-probabilities for {len(token_ids)} tokens, expected one finite number for each")
@@ -165,28 +137,28 @@ class VLLMEngine:
         self.weight_version = None
         self._updating = version
         # running requests end with the weights they began with
-        self._request("POST", "/pause", CONTROL_S, params={"mode": "wait", "clear_cache": False})
-        self._call("megatron_plugin_abort_update")  # of a trainer that died in the middle of one
-        self._request("POST", "/start_weight_update", CONTROL_S)
+        self._wire.request("POST", "/pause", params={"mode": "wait", "clear_cache": False})
+        self._wire.call("megatron_plugin_abort_update")  # of a trainer that died in the middle of one
+        self._wire.request("POST", "/start_weight_update")
 
     def init_transfer(self, invitation: Mapping[str, Any]) -> None:
         """Let the workers join a transport's group; blocks until the trainer is there."""
-        self._request("POST", "/init_weight_transfer_engine", CONTROL_S, json={"init_info": dict(invitation)})
+        self._wire.request("POST", "/init_weight_transfer_engine", json={"init_info": dict(invitation)})
 
     def push(self, update_info: Mapping[str, Any]) -> None:
         self._check_updating()
-        self._request("POST", "/update_weights", CONTROL_S, json={"update_info": dict(update_info)})
+        self._wire.request("POST", "/update_weights", json={"update_info": dict(update_info)})
 
     def finish_update(self) -> None:
         version = self._check_updating()
-        self._request("POST", "/finish_weight_update", CONTROL_S, json={"weight_version": str(version)})
+        self._wire.request("POST", "/finish_weight_update", json={"weight_version": str(version)})
         self._server_version = version
         # nothing in vLLM's update does it, and keys and values of the old weights would be taken for those of the new ones
-        if not self._request("POST", "/reset_prefix_cache", CONTROL_S).json()["success"]:
+        if not self._wire.request("POST", "/reset_prefix_cache").json()["success"]:
             raise EngineError(f"{self.name}: the prefix cache could not be emptied: blocks are still held by running requests")
         if (found := self._read_version()) != version:
             raise EngineError(f"{self.name}: got weight version {found} after the update, expected {version}: is it updated by someone else, too?")
-        self._request("POST", "/resume", CONTROL_S)
+        self._wire.request("POST", "/resume")
         self._updating = None
         self.weight_version = version
 
@@ -194,7 +166,7 @@ class VLLMEngine:
         """Forget an update that was begun, if one was.  The engine stays STALE and paused until the next one."""
         if self._updating is not None:
             self._updating = None
-            self._call("megatron_plugin_abort_update")
+            self._wire.call("megatron_plugin_abort_update")
 
     def _check_updating(self) -> int:
         if self._updating is None:
@@ -204,33 +176,31 @@ class VLLMEngine:
     # -- state ------------------------------------------------------------------------------------------------------------------------------------
 
     def pause(self) -> None:
-        self._request("POST", "/pause", CONTROL_S, params={"mode": "keep"})
+        self._wire.request("POST", "/pause", params={"mode": "keep"})
 
     def resume(self) -> None:
-        self._request("POST", "/resume", CONTROL_S)
+        self._wire.request("POST", "/resume")
 
     def sleep(self, level: int = 1) -> None:
-        self._request("POST", "/sleep", CONTROL_S, params={"level": level, "mode": "wait"})
+        self._wire.request("POST", "/sleep", params={"level": level, "mode": "wait"})
         self._asleep = True
         if level > 1:
             self.weight_version = None
 
     def wake(self) -> None:
-        self._request("POST", "/wake_up", CONTROL_S)
+        self._wire.request("POST", "/wake_up")
         self._asleep = False
 
     def health(self) -> Health:
         if self.process is not None and not self.process.alive():
             return Health.DEAD
-        try:
-            self._request("GET", "/health", 10.0)
-        except EngineError:
+        if not self._wire.healthy():
             return Health.DEAD
         return Health.STALE if self.weight_version is None else Health.HEALTHY
 
     def restart(self) -> None:
         self.weight_version = self._updating = None
-        self._client.close()
+        self._wire.close()
         if self.process is None:
             self._connect(self.name)
             return
@@ -240,22 +210,21 @@ class VLLMEngine:
 
     def close(self) -> None:
         self.weight_version = self._updating = None
-        self._client.close()
+        self._wire.close()
         if self.process is not None:
             self.process.stop()
 
-    # -- the wire ---------------------------------------------------------------------------------------------------------------------------------
+    # -- connecting -------------------------------------------------------------------------------------------------------------------------------
 
     def _connect(self, url: str) -> None:
-        """A client for `url`, once the server there answers and serves what is expected."""
+        """Wait until the server at `url` answers, and see that it serves what is expected."""
         self.name = url
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=2.0)  # the server closes after 5 s
-        self._client = httpx.Client(base_url=url, trust_env=False, follow_redirects=False, limits=limits)
+        self._wire = Wire(url)
         self._asleep = False
         deadline = time.monotonic() + self.start_timeout_s
         while True:
             try:
-                self._request("GET", "/health", 10.0)
+                self._wire.request("GET", "/health", CONNECT_S)
                 break
             except EngineLostError:
                 if self.process is not None or time.monotonic() > deadline:
@@ -264,16 +233,16 @@ class VLLMEngine:
         self._check_model()
 
     def _check_model(self) -> None:
-        found = self._call("megatron_plugin_describe")[0]
+        try:
+            found = self._wire.call("megatron_plugin_describe")[0]
+        except EngineLostError:
+            raise
+        except EngineError as error:
+            raise EngineError(f"{error}: it does not say what it serves: was it started by 'megatron-plugin serve'?") from error
         check_vllm(found["vllm"])
         if self.process is not None and found["engine_id"] != self.process.engine_id:
             raise EngineLostError(f"{self.name}: another server took the port that was free; start again")
-        for item in fields(ModelDescription):
-            expected, got = getattr(self.expected, item.name), found[item.name]
-            if expected is not None and not (got >= expected if item.name == "max_model_len" else got == expected):
-                raise WrongModelError(
-                    f"{self.name}: got a server with {item.name}={got}, expected {expected}: it serves another model than the trainer trains"
-                )
+        self.expected.check(found, self.name)
         self.max_model_len: int = found["max_model_len"]
         self.vocab_size: int = found["vocab_size"]
         self.workers: int = found["workers"]
@@ -283,40 +252,8 @@ class VLLMEngine:
 
     def _read_version(self) -> int:
         """-1 for a server whose weights no trainer has ever set."""
-        version = self._request("GET", "/weight_info", CONTROL_S).json()["weight_version"]
+        version = self._wire.request("GET", "/weight_info").json()["weight_version"]
         return int(version) if str(version).isdigit() else -1
-
-    def _call(self, method: str) -> list[Any]:
-        """A method of vllm_plugin.WorkerExtension on every worker."""
-        return self._request("POST", "/collective_rpc", CONTROL_S, json={"method": method}).json()["results"]
-
-    def _request(self, verb: str, path: str, timeout_s: float, **arguments: Any) -> httpx.Response:
-        """EngineLostError when no answer comes or the engine behind the server is dead, EngineError when the answer is a refusal."""
-        timeout = httpx.Timeout(timeout_s, connect=min(timeout_s, 10.0))
-        try:
-            response = self._client.request(verb, path, timeout=timeout, **arguments)
-        except httpx.TimeoutException as error:
-            raise EngineLostError(f"{self.name}{path}: no answer within {timeout_s:g} s") from error
-        except (httpx.TransportError, RuntimeError) as error:  # RuntimeError: the client was closed by restart() in another thread
-            raise EngineLostError(f"{self.name}{path}: {type(error).__name__}: {error}") from error
-        if response.status_code == 200:
-            return response
-        reason = f"{self.name}{path}: HTTP {response.status_code}: {_reason(response)}"
-        if UNFIT in reason:
-            raise WrongModelError(reason)
-        if response.status_code >= 500 and path != "/health" and self.health() is not Health.DEAD:
-            raise EngineError(reason)
-        raise (EngineError if response.status_code < 500 else EngineLostError)(reason)
-
-
-def _reason(response: httpx.Response) -> str:
-    """What vLLM says about a failure, without its JSON around it."""
-    try:
-        body = response.json()
-    except ValueError:
-        return response.text[:500]
-    error = body.get("error", body.get("detail", body)) if isinstance(body, dict) else body
-    return str(error.get("message", error) if isinstance(error, dict) else error)
 
 
 def _spread(seed: int) -> int:

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 
 from megatron_plugin.rollout.engine import EngineLostError
+from megatron_plugin.rollout.vllm_model import check_cpu_heads, read_config
 from megatron_plugin.rollout.vllm_versions import BACKENDS, check_vllm
 from megatron_plugin.rollout.watchdog import OWNER
 
@@ -76,8 +77,9 @@ class EngineOptions:
     def __post_init__(self):
         if self.transfer not in BACKENDS:
             raise ValueError(f"transfer={self.transfer!r}: expected one of {', '.join(BACKENDS)}")
-        if not (Path(self.model_dir) / "config.json").is_file():
-            raise ValueError(f"model_dir={self.model_dir!r}: got no config.json there, expected a folder in Hugging Face's format")
+        config = read_config(self.model_dir)
+        if not torch.cuda.is_available():
+            check_cpu_heads(config)
 
 
 def server_command(options: EngineOptions, host: str, port: int, *, allow_public: bool = False) -> list[str]:

@@ -24,7 +24,7 @@ from megatron_plugin.rollout.reward_worker import Verdict
 
 __all__ = ["WorkerStartError", "Workers"]
 
-START_S = 120.0  # importing sympy takes 0.7 s on a free core; the module of a user's function may import torch
+START_S = 120.0  # the start of a math judge takes 0.6 s of a free core; the module of a user's function may import torch
 GRACE_S = 1.0  # after the worker's own alarm
 
 
@@ -61,15 +61,17 @@ class Workers:
             while todo or busy:
                 for worker in self._workers:
                     if todo and worker not in busy:
-                        busy[worker] = todo.popleft()
-                        worker.ask(samples[busy[worker]], self.timeout_s + GRACE_S)
+                        busy[worker] = index = todo.popleft()
+                        if index in again:  # of a fresh one: that which is free may be as full as the one that was lost
+                            worker.close()
+                        worker.ask(samples[index], self.timeout_s + GRACE_S)
                 for worker in _ready(list(busy)):
                     index = busy.pop(worker)
                     verdict = worker.verdict()
                     if verdict.cause in ("timeout", "memory", "crash"):
                         self.counts[verdict.cause] += 1
                         # What earlier answers left behind may be to blame; a hang is the answer's own.
-                        if verdict.cause != "timeout" and worker.answered > 1 and index not in again:
+                        if verdict.cause != "timeout" and worker.answered > 1:
                             again.add(index)
                             todo.appendleft(index)
                             self.counts["again"] += 1

@@ -16,7 +16,8 @@ from megatron_plugin.rollout.engine import RolloutEngine
 from megatron_plugin.rollout.fleet import Fleet
 from megatron_plugin.rollout.serve import ENGINE_DTYPES, engine_options
 from megatron_plugin.rollout.transfer import TRANSPORTS, Transport
-from megatron_plugin.rollout.vllm_http import connect_engine, describe_model, start_engine
+from megatron_plugin.rollout.vllm_http import connect_engine, start_engine
+from megatron_plugin.rollout.vllm_model import describe_model
 from megatron_plugin.rollout.vllm_process import EngineOptions
 from megatron_plugin.trainer.hf_model import hf_config_for
 from megatron_plugin.trainer.leaders import Leaders
@@ -115,9 +116,14 @@ class Engines:
         config, make = self.config, TRANSPORTS[self.transfer]
         with as_config_error("rollout.bind", self.run.config.sources.get("rollout.bind")):
             self.transport = make() if self.transfer == "shm" else make(bind=config.bind)
-        engines = [self._connect(url) for url in config.url[self.leaders.index :: self.leaders.count]] or [start_engine(self._options())]
+        engines = [self._connect(url) for url in config.url[self.leaders.index :: self.leaders.count]] or [self._child()]
         self.first_version = 1 + max(engine.newest_version for engine in engines)
         self.fleet = Fleet(engines, timeout_s=config.timeout_s, max_restarts=config.max_restarts)
+
+    def _child(self) -> RolloutEngine:
+        with as_config_error("model.kv_channels", self.run.config.sources.get("model")):  # heads that vLLM's attention on a CPU has not
+            options = self._options()
+        return start_engine(options)
 
     def _connect(self, url: str) -> RolloutEngine:
         """The server at `url`, if it serves our model and takes weights as we send them."""

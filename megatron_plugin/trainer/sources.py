@@ -79,7 +79,7 @@ def source_metrics(output: LossOutput, columns: Mapping[str, Tensor], live: Tens
     if "rollout_logp" not in columns:
         return pairs, None
     difference = logp - columns["rollout_logp"]
-    pairs["k3"] = _pair(difference.exp() - 1 - difference, tokens["rollout"])
+    pairs["k3"] = _pair(torch.expm1(difference) - difference, tokens["rollout"])
     return pairs, torch.where(tokens["rollout"], difference.abs(), 0.0).amax()
 
 

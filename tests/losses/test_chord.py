@@ -1,6 +1,7 @@
 """CHORD: each token one source's term, the two never touch, and the corners mu = 0 and mu = 1."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -94,9 +95,14 @@ def test_the_mixture_is_linear_in_mu_with_two_denominators():
         torch.testing.assert_close(mixed, apart, atol=1e-17, rtol=1e-14)
 
 
-def test_what_was_never_sampled_does_not_matter():
-    """Expert rows carry NaN for advantage, old_logp, rollout_logp and ref_logp (policy_tokens); infinities and other numbers do as little."""
+@pytest.mark.parametrize("first_update", [False, True])
+def test_what_was_never_sampled_does_not_matter(first_update):
+    """Expert rows carry NaN for advantage, old_logp, rollout_logp and ref_logp (policy_tokens); infinities and other numbers do as little.
+
+    At the first update there is no old_logp, whose NaN would end in a clamp that has no gradient there: the advantage's NaN goes on.
+    """
     stats, inputs = tokens()
+    inputs = replace(inputs, old_logp=None) if first_update else inputs
     expected, expected_T = graded("chord", stats, inputs, **OPTIONS)
     assert expected.loss.isfinite().all() and expected_T.isfinite().all()
     for filling in (math.inf, -math.inf, 3.0):

@@ -37,7 +37,7 @@ VARIANTS = [
     ("srft", {"entropy_scope": "batch", "wrong_floor": -math.inf}),
 ]
 IDS = [" ".join([name, *(f"{k}={v}" for k, v in params.items())]) for name, params in VARIANTS]
-STEP, NUMERIC = 1e-5, 3e-9  # central differences of fp64 sums of size 10 to 100 at this step; measured 7e-10
+STEP, NUMERIC = 1e-5, 1.5e-9  # central differences of fp64 sums at this step, absolute and relative; measured 3.6e-10 (cispo)
 
 
 def case(name, T=96):
@@ -98,7 +98,7 @@ def test_fp32_is_fp32_accurate(name, params):
     inputs = inputs.map(lambda x: x.float() if x.is_floating_point() else x)
     terms = bind(name, **params)(single, inputs)
     assert terms.loss.dtype == torch.float32
-    bound = 4 * FP32_LOSS  # e^(log-ratio) of two rounded log-probabilities of size 6; measured 5.6e-7
+    bound = 1.5 * FP32_LOSS  # e^(log-ratio) of two rounded log-probabilities; measured 1.4e-7 (grpo with its KL)
     torch.testing.assert_close(terms.loss.double(), expected(name, single, inputs, **params)[0], atol=bound, rtol=bound)
 
 

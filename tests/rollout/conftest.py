@@ -1,10 +1,13 @@
-"""What tests with a real vLLM share: they need one installed, one thread, and leave nothing behind."""
+"""What tests of one kind share: those with a real vLLM, those of a fleet of fakes, those of rewards.  They leave nothing behind."""
 
 from pathlib import Path
 
 import pytest
 
+from megatron_plugin.rollout.fleet import Fleet
+from megatron_plugin.rollout.rewards import make_reward
 from megatron_plugin.rollout.vllm_versions import installed_vllm
+from tests.rollout.fake_engine import TIMEOUT_S
 
 SHARED = Path("/dev/shm")
 
@@ -21,3 +24,31 @@ def vllm():
     if version is None:
         pytest.skip("no vLLM in this environment")
     return version
+
+
+@pytest.fixture
+def fleet_of():
+    """A fleet of these fake engines; whatever hangs is let go at the end."""
+    made = []
+
+    def make(*engines, timeout_s=TIMEOUT_S, **options):
+        made.extend(engines)
+        return Fleet(engines, timeout_s=timeout_s, **options)
+
+    yield make
+    for engine in made:
+        engine.release.set()
+
+
+@pytest.fixture
+def reward_of():
+    """make_reward, and every one is closed at the end."""
+    made = []
+
+    def build(spec, **options):
+        made.append(make_reward(spec, **{"timeout_s": 30, "workers": 1, **options}))
+        return made[-1]
+
+    yield build
+    for reward in made:
+        reward.close()

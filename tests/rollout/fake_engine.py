@@ -2,7 +2,11 @@
 
 import threading
 
-from megatron_plugin.rollout.engine import Completion, EngineError, EngineLostError, Health, WrongModelError
+from megatron_plugin.rollout.engine import Completion, EngineError, EngineLostError, Health, SamplingParams, WrongModelError
+from megatron_plugin.rollout.fleet import Request
+
+TIMEOUT_S = 0.5  # of a request, where a test waits for it to pass
+SOON_S = 5.0  # where the answer should come at once: two busy cores
 
 
 class FakeEngine:
@@ -132,3 +136,20 @@ def update(engines, version):
         engine.begin_update(version)
         engine.push({"names": ["w"]})
         engine.finish_update()
+
+
+def requests(count, *, n=2):
+    """k0, k1, ...: of n completions each, every prompt with a sum of its own."""
+    return [Request(f"k{i}", (i + 1, 7), SamplingParams(n=n, max_tokens=4)) for i in range(count)]
+
+
+def keys_once(generated, count):
+    """Asserts that each of `requests(count)` ended in exactly one place."""
+    found = [*generated.completions, *generated.refused, *generated.missing]
+    assert sorted(found) == sorted(f"k{i}" for i in range(count)), "a request was lost or ended in two places"
+
+
+def answers_match(generated, version=1, n=2):
+    """Asserts that each completion is of its own prompt and of these weights."""
+    for key, completions in generated.completions.items():
+        assert [c.token_ids for c in completions] == [(version, int(key[1:]) + 8, index) for index in range(n)], f"{key} got another's answer"

@@ -14,7 +14,8 @@ import torch
 from megatron_plugin.rollout.engine import EngineError, EngineLostError, Health, SamplingParams, WrongModelError
 from megatron_plugin.rollout.transfer import send_weights
 from megatron_plugin.rollout.transports.shm import SharedMemory
-from megatron_plugin.rollout.vllm_http import ModelDescription, connect_engine, describe_model, start_engine
+from megatron_plugin.rollout.vllm_http import connect_engine, start_engine
+from megatron_plugin.rollout.vllm_model import ModelDescription, describe_model
 from megatron_plugin.rollout.vllm_process import EngineOptions, _members
 from tests.rollout.conftest import shared_files
 from tests.rollout.vllm_models import LOGP, PROMPT, VOCABULARY, change, make_model, weights_of, worst_error
@@ -82,7 +83,7 @@ def test_prompts_in_the_prefix_cache_are_forgotten(bench):
     assert bench.error() < LOGP
 
 
-def test_temperature_and_greedy(bench):
+def test_temperature_greedy_and_cut_support(bench):
     """Log-probabilities are those of the distribution drawn from."""
     bench.send()
     assert bench.error(temperature=0.7) < LOGP
@@ -90,12 +91,7 @@ def test_temperature_and_greedy(bench):
     with torch.no_grad():
         best = bench.model(torch.tensor([[*PROMPT, *greedy.token_ids]])).logits[0, len(PROMPT) - 1 : -1].argmax(-1)
     assert greedy.token_ids == tuple(best.tolist())
-
-
-def test_cut_support_is_renormalised(bench):
-    bench.send()
-    for completion in bench.ask(top_k=1, n=2):
-        assert max(map(abs, completion.logprobs)) < LOGP
+    assert all(max(map(abs, c.logprobs)) < LOGP for c in bench.ask(top_k=1, n=2)), "renormalised over what top_k left"
 
 
 def test_samples_of_a_group_differ_and_a_seed_repeats_them(bench):
@@ -167,7 +163,10 @@ def test_weights_set_by_somebody_else_are_noticed(bench):
     httpx.post(bench.engine.name + "/update_weight_version", json={"new_version": "999"}).raise_for_status()
     with pytest.raises(EngineError, match=f"weight version.s. 999, expected {version} alone"):
         bench.ask()
+    assert bench.engine.health() is Health.STALE, "none of its answers is one of ours"
     httpx.post(bench.engine.name + "/update_weight_version", json={"new_version": str(version)}).raise_for_status()
+    bench.send()
+    assert bench.error() < LOGP
 
 
 def _without(name):
@@ -207,8 +206,9 @@ def test_bytes_that_changed_on_the_way_are_noticed(bench):
         def write(self, offset, data):
             super().write(offset, data.clone().add_(torch.arange(data.numel()) == 70) if offset else data)
 
-    with pytest.raises(EngineError, match="got checksum [0-9a-f]{8}, expected [0-9a-f]{8}: its bytes changed"):
+    with pytest.raises(EngineError, match="got checksum [0-9a-f]{8}, expected [0-9a-f]{8}: its bytes changed") as refusal:
         send_weights([bench.engine], weights_of(bench.model), version=bench.engine.newest_version + 1, transport=Careless(), checksums=True)
+    assert type(refusal.value) is EngineError, "the engine is well: neither lost nor another model's"
     assert bench.engine.health() is Health.STALE
     bench.send(checksums=True)
     assert bench.error() < LOGP

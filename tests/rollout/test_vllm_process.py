@@ -1,5 +1,6 @@
 """The command, the environment and the failures of a vLLM child process; what it samples is in test_vllm_engine.py."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,15 +8,19 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+from megatron_plugin.config import ConfigError
 from megatron_plugin.rollout.engine import EngineLostError
 from megatron_plugin.rollout.expected_weights import ExpectedWeights
-from megatron_plugin.rollout.vllm_http import ModelDescription, connect_engine, describe_model, start_engine
+from megatron_plugin.rollout.serve import serve
+from megatron_plugin.rollout.vllm_http import connect_engine, start_engine
+from megatron_plugin.rollout.vllm_model import ModelDescription, check_cpu_heads, describe_model
 from megatron_plugin.rollout.vllm_process import EngineOptions, _members, server_command, server_environment, start_server
-from megatron_plugin.rollout.vllm_versions import TESTED, check_vllm
+from megatron_plugin.rollout.vllm_versions import TESTED, check_vllm, installed_vllm
 from tests.rollout.vllm_models import config_of, make_model, weights_of
 
 ROOT = Path(__file__).parents[2]
@@ -76,6 +81,66 @@ def test_options_that_cannot_start(folder, tmp_path):
         _options(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "fields, size",
+    [(dict(head_dim=16), 16), (dict(num_attention_heads=8), 16), (dict(num_attention_heads=2, head_dim=40), 40), (dict(head_dim=None, hidden_size=96, num_attention_heads=4), 24)],
+)  # fmt: skip
+def test_heads_that_vllm_cannot_serve_on_a_cpu(tmp_path, monkeypatch, fields, size):
+    """Said before anything is started; vLLM's own word is "Unsupported CPU attention configuration", at the end of a log, half a minute later."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (tmp_path / "config.json").write_text(json.dumps(dict(hidden_size=128, num_attention_heads=4) | fields))
+    with pytest.raises(ValueError, match=rf"heads of size {size} .*expected one of 32, 48, 64, .*no CPU kernels.*model.kv_channels.* on a GPU"):
+        _options(str(tmp_path))
+    with pytest.raises(ConfigError, match=f"serve: got attention heads of size {size}"):
+        serve(str(tmp_path), host="127.0.0.1", port=1, public=False, dtype="bf16", memory=0.0, options={})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    _options(str(tmp_path), transfer="nccl")
+
+
+@pytest.mark.parametrize("fields", [dict(num_attention_heads=4), dict(head_dim=48, num_attention_heads=7), dict(num_attention_heads=8, kv_lora_rank=512), {}])
+def test_heads_that_can_be_served_or_are_not_known(fields):
+    check_cpu_heads(dict(hidden_size=128) | fields)
+
+
+HEADS = """
+import importlib.util, pathlib, torch
+from megatron_plugin.rollout.vllm_model import CPU_HEAD_SIZES
+
+folder = pathlib.Path(importlib.util.find_spec("vllm").submodule_search_locations[0])  # not imported: the kernels alone take 2 s instead of 10
+torch.ops.load_library(folder / ("_C_AVX512.abi3.so" if torch.cpu._is_avx512_supported() else "_C_AVX2.abi3.so"))
+
+def served(size, dtype):
+    one, ends = torch.tensor([4], dtype=torch.int32), torch.tensor([0, 4], dtype=torch.int32)
+    try:  # the instruction sets that cpu_attn.py:_get_attn_isa chooses on a CPU without AMX
+        torch.ops._C.get_scheduler_metadata(1, 2, 2, size, one, dtype, ends, True, -1, "vec16" if size % 32 else "vec", False, None, "auto")
+    except RuntimeError as error:
+        assert "Unsupported CPU attention configuration" in str(error), error
+        return False
+    return True
+
+for dtype in (torch.float32, torch.bfloat16):
+    assert tuple(size for size in range(8, 600, 8) if served(size, dtype)) == CPU_HEAD_SIZES, dtype
+"""
+
+
+@pytest.mark.skipif(not (installed_vllm() == TESTED and metadata.version("torch").endswith("+cpu")), reason=f"asks the CPU kernels of vLLM {TESTED}")
+def test_the_sizes_of_heads_are_those_of_vllms_kernels():
+    subprocess.run([sys.executable, "-c", HEADS], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.7", "example.org"])
+def test_serving_to_other_machines_needs_a_permission(folder, host, monkeypatch):
+    started = []
+    monkeypatch.setattr(os, "execve", lambda *arguments: started.append(arguments))
+    call = dict(host=host, port=8123, dtype="fp32", memory=0.0, options={"transfer": "gloo"})
+    with pytest.raises(ConfigError, match="can be reached from other machines, and vLLM's routes for weight updates ask for no key"):
+        serve(folder, public=False, **call)
+    assert not started
+    serve(folder, public=True, **call)
+    ((_, command, environment),) = started
+    assert command[command.index("--host") + 1] == host and environment["VLLM_SERVER_DEV_MODE"] == "1"
+
+
 def test_versions():
     assert check_vllm(TESTED) == TESTED and check_vllm("0.27.1") and check_vllm("0.32.0+cpu") and check_vllm("0.32.3")
     for version in ("0.27.0", "0.33.0", "1.0", "0.11.2+cu128"):
@@ -84,8 +149,14 @@ def test_versions():
 
 
 def test_a_server_that_does_not_start_says_why(vllm, folder, tmp_path):
-    options = _options(folder, log=str(tmp_path / "logs" / "engine.log"), extra_args=("--no-such-option",))
-    with pytest.raises(EngineLostError, match=r"(?s)ended with exit code 2 after .* s; the end of .*engine.log:.*no-such-option"):
+    """With a vllm of one file that is found first: the real one takes 12 s to refuse."""
+    fake = tmp_path / "vllm" / "entrypoints" / "openai"
+    fake.mkdir(parents=True)
+    (fake / "api_server.py").write_text("raise SystemExit('error: no room for the cache')")
+    options = _options(folder, log=str(tmp_path / "logs" / "engine.log"), extra_env={"PYTHONPATH": str(tmp_path)})
+    for package in (tmp_path / "vllm", fake.parent, fake):
+        (package / "__init__.py").touch()
+    with pytest.raises(EngineLostError, match=r"(?s)ended with exit code 1 after .* s; the end of .*engine.log:.*error: no room for the cache"):
         start_server(options)
 
 

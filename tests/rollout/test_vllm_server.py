@@ -17,7 +17,8 @@ from megatron_plugin.rollout.transfer import send_weights
 from megatron_plugin.rollout.transports.bucket import Manifest
 from megatron_plugin.rollout.transports.gloo import Gloo
 from megatron_plugin.rollout.transports.shm import SharedMemory
-from megatron_plugin.rollout.vllm_http import connect_engine, describe_model
+from megatron_plugin.rollout.vllm_http import connect_engine
+from megatron_plugin.rollout.vllm_model import describe_model
 from megatron_plugin.rollout.vllm_process import _members
 from tests.rollout.conftest import shared_files
 from tests.rollout.vllm_models import LOGP, PROMPT, change, make_model, weights_of, worst_error

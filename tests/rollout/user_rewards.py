@@ -20,11 +20,10 @@ def prints(*, completion, **_):
     return True
 
 
-def in_a_tensor(*, completion, **_):
-    import numpy as np  # here, or every restart of a worker would take seconds
-    import torch
+def in_an_array(**_):
+    import numpy as np  # here, or every restart of a worker would take longer
 
-    return torch.tensor(0.5) if completion == "torch" else np.float32(0.25)
+    return np.float32(0.25)
 
 
 def by_word(*, completion, **_):
@@ -38,9 +37,11 @@ def by_word(*, completion, **_):
     if completion == "child":
         os.system("sleep 601 & echo $! > $REWARD_CHILD_PID; sleep 600")
     if completion == "memory":
-        return len(bytearray(64 * 2**30))
-    if completion == "leak":
-        KEPT.append(bytearray(60 * 2**20))
+        return len(bytearray(2**30))
+    if completion == "late leak":
+        time.sleep(0.2)
+    if completion.endswith("leak"):
+        KEPT.append(bytes(60 * 2**20))  # reserved, not written
     if completion == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
     if completion == "exit":

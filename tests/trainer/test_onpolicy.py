@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import httpx
 import pytest
 
 from megatron_plugin.data import generate
@@ -49,9 +50,9 @@ def finish(job: subprocess.Popen, timeout: float = 240) -> str:
     return output
 
 
-def engines_of(run_dir: Path) -> list[int]:
-    """Process ids of the vLLM servers of a run."""
-    found = []
+def engines_of(run_dir: Path) -> dict[int, str]:
+    """Process id -> address of the vLLM servers of a run."""
+    found = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -59,8 +60,16 @@ def engines_of(run_dir: Path) -> list[int]:
             except OSError:
                 continue
             if b"vllm.entrypoints.openai.api_server" in words and str(run_dir / "engine").encode() in words:
-                found.append(int(entry.name))
+                found[int(entry.name)] = f"http://127.0.0.1:{words[words.index(b'--port') + 1].decode()}"
     return found
+
+
+def is_generating(address: str) -> bool:
+    try:
+        lines = httpx.get(f"{address}/metrics", timeout=2).text.splitlines()
+    except httpx.HTTPError:
+        return False
+    return any(line.startswith("vllm:num_requests_running{") and float(line.split()[-1]) > 0 for line in lines)
 
 
 @pytest.mark.torchrun
@@ -96,11 +105,14 @@ def test_an_engine_killed_in_the_middle_of_a_step(problems, tmp_path):
         time.sleep(0.05)
     victims = engines_of(tmp_path / "run")
     assert victims, finish(job)[-3000:]
+    while not any(map(is_generating, victims.values())):
+        assert time.monotonic() < deadline and job.poll() is None, "the second step's completions were never seen in flight"
     for pid in victims:
         os.kill(pid, signal.SIGKILL)
     output = finish(job)
     lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2, 3, 4], output[-3000:]
+    assert sum(line["rollout/lost_engines"] for line in lines) == 1
     rollouts = list(read_rollouts(tmp_path / "run" / "rollouts.jsonl"))
     assert set(Counter((r["step"], r["source"]) for r in rollouts).values()) == {16} and len(rollouts) == 4 * PROMPTS * 16
     for step in range(1, 5):

@@ -14,6 +14,7 @@ from megatron_plugin.losses.kl import kl_estimate
 from megatron_plugin.losses.mismatch import mismatch_weight
 from megatron_plugin.losses.objective import objective_of
 from megatron_plugin.losses.rollout_options import OPTIONS
+from megatron_plugin.ops import token_loss
 from tests.losses.oracle import FORMULAE
 
 
@@ -177,3 +178,24 @@ def test_the_twin_is_used_only_for_its_own_formula(params, has_twin):
 
 def test_only_losses_of_one_formula_have_a_twin():
     assert {name for name, loss in LOSSES.items() if loss.twin} == set(FORMULAE)
+
+
+# ---- bf16 engine, fp32 trainer --------------------------------------------------------------------------------------------------------
+
+
+def test_tis_takes_the_engines_rounding_out_of_the_expected_gradient():
+    """Every token of a vocabulary of 512, once, with the probability that a bf16 engine samples it with as its coefficient: no sampling noise."""
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(512)).requires_grad_()
+    advantage, tokens = torch.randn(512), torch.arange(512)
+    trainer, engine = (x.double().log_softmax(-1) for x in (logits.detach(), logits.detach().bfloat16()))
+
+    def gradient(drawn_with, **params):
+        inputs = TokenInputs(coefficient=drawn_with.exp().float(), advantage=advantage, rollout_logp=engine.float())
+        loss_sum = token_loss(logits.expand(512, 512), tokens, bind("grpo", **params), inputs=inputs).loss_sum
+        return torch.autograd.grad(loss_sum, logits)[0].double()
+
+    true = gradient(trainer)
+    without, corrected = ((gradient(engine, **params) - true).norm() / true.norm() for params in ({}, {"tis": 2.0}))
+    assert without > 1e-3  # measured 3.6e-3
+    assert corrected < 4e-8  # measured 7.3e-9

@@ -71,6 +71,17 @@ def idft(logp, H, lse, coef, adv, old, roll, ref, expert, beta, gamma_min, gamma
 
 
 @triton.jit
+def cll_mask(logp, H, lse, coef, adv, old, roll, ref, expert, threshold, p1, p2, p3, p4, p5, p6, p7):
+    return weighted_nll(tl.where(logp + H >= threshold, 1.0, 0.0), logp)
+
+
+@triton.jit
+def cll_sigmoid(logp, H, lse, coef, adv, old, roll, ref, expert, tau, temperature, w_min, w_max, p4, p5, p6, p7):
+    surprise = -(logp + H - tau) / temperature
+    return weighted_nll(w_min + (w_max - w_min) / (1.0 + tl.exp(-surprise)), logp)
+
+
+@triton.jit
 def eaft(logp, H, lse, coef, adv, old, roll, ref, expert, vocab_size, alpha, p2, p3, p4, p5, p6, p7):
     return weighted_nll(power(tl.where(H < 0.0, 0.0, H) / tl.log(vocab_size), alpha), logp)
 

@@ -23,7 +23,7 @@ POLICY, OPTIONS = "tests/losses/test_policy_values.py", "tests/losses/test_rollo
 MIXED, STEP_FILE = "tests/trainer/test_mixed.py", "megatron_plugin/trainer/step.py"
 R, FLEET, LOST = "megatron_plugin/rollout/", "tests/rollout/test_fleet.py", "tests/rollout/test_fleet_losses.py"
 ENGINE, SERVER, HTTP = "tests/rollout/test_vllm_engine.py", "tests/rollout/test_vllm_server.py", "tests/rollout/test_vllm_http.py"
-PROCESS, TRANSFER = "tests/rollout/test_vllm_process.py", "tests/rollout/test_transfer.py"
+PROCESS, TRANSFER, SHARED = "tests/rollout/test_vllm_process.py", "tests/rollout/test_transfer.py", "tests/rollout/test_shared_memory.py"
 RESTARTS, REWARDS, POOL = "tests/rollout/test_fleet_restarts.py", "tests/rollout/test_rewards.py", "tests/rollout/test_worker_pool.py"
 
 MUTANTS = [
@@ -226,6 +226,16 @@ MUTANTS = [
     Mutant("points for format make an answer right", "megatron_plugin/trainer/batch.py", "next(iter(result.parts.values()), result.reward) > 0", "result.reward > 0",
            "tests/trainer/test_batch.py"),
     Mutant("on-policy GRPO runs without its kernel", "megatron_plugin/trainer/batch.py", "        if extra:\n", "        if True:\n", "tests/trainer/test_batch.py"),
+    Mutant("a call that finds every engine busy gives up", R + "dispatch.py", "while (self.running or (self.pending and self.usable)) and", "while self.running and", f"{FLEET} -k two_calls"),
+    Mutant("a call that waits for a place is not told of one", R + "dispatch.py", "            for call in self.books.calls - {self}:\n                call.handed_back.put(None)\n", "", f"{FLEET} -k two_calls --timeout=60"),
+    Mutant("a name that begins with 127 counts as loopback", R + "vllm_process.py", "ipaddress.ip_address(host).is_loopback", 'host.startswith(("127.", "::1"))', f"{PROCESS} -k permission"),
+    Mutant("a restart erases the traceback of the death it repairs", R + "vllm_process.py", 'log.open("ab")', 'log.open("wb")', f"{PROCESS} -k restart_keeps"),
+    Mutant("a failed start is explained by the death before it", R + "vllm_process.py", "self.log.read_bytes()[self.log_begin :]", "self.log.read_bytes()", f"{PROCESS} -k restart_keeps"),
+    Mutant("an engine reads a file of weights wherever it is", R + "transports/shm.py", " or given.parent.resolve() != folder.resolve()", "", f"{SHARED} -k shared_folder"),
+    Mutant("a trainer removes the weights of one that lives", R + "transports/shm.py", "                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)\n", "", f"{SHARED} -k killed"),
+    Mutant("a new file of weights is lost to a trainer that starts", R + "transports/shm.py", "if os.fstat(handle).st_nlink:", "if True:", f"{SHARED} -k made_again"),
+    Mutant("files of leaders that are no more keep steps that are done again", R + "log.py", 'glob("rollouts*.jsonl")', 'glob("rollouts.jsonl")', "tests/rollout/test_log.py -k directory"),
+    Mutant("a file is cut under the hands of its writer", R + "log.py", "and int(name[1] or 0) >= first", "and int(name[1] or 0) >= 0", "tests/rollout/test_log.py -k writer"),
     # these start a real vLLM
     Mutant("keys and values of the old weights are used again", R + "vllm_http.py", 'if not self._wire.request("POST", "/reset_prefix_cache").json()["success"]:', "if False:", f"{ENGINE} -k prefix_cache"),
     Mutant("a tied head keeps the old embedding", R + "vllm_plugin.py", "        _repack_heads(self.tied)\n", "", f"{SERVER} -k tied_model"),

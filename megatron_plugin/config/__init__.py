@@ -13,8 +13,9 @@ from megatron_plugin.config.schema import (
     GPTArguments,
     MuConfig,
     ParallelConfig,
+    RampConfig,
     TrainConfig,
 )
 
 __all__ = ["CheckpointConfig", "Config", "ConfigError", "DataConfig", "DataPathError", "GPTArguments", "MuConfig", "ParallelConfig",
-           "TrainConfig", "as_config_error", "load_config", "save_config", "to_yaml"]  # fmt: skip
+           "RampConfig", "TrainConfig", "as_config_error", "load_config", "save_config", "to_yaml"]  # fmt: skip

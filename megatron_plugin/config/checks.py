@@ -30,8 +30,8 @@ LOWEST = {
     2: ("data.seq_length",),
     SMALLEST_BPE: ("data.bpe_vocab_size",),
 }  # fmt: skip
-SHARES = ("train.adam_beta1", "train.adam_beta2", "data.max_bad_fraction", "data.filler", "mu.peak", "mu.valley", "rollout.top_p", "model.hidden_dropout",
-          "model.attention_dropout", "model.rotary_percent")  # fmt: skip
+SHARES = ("train.adam_beta1", "train.adam_beta2", "data.max_bad_fraction", "data.filler", "mu.peak", "mu.valley", "ramp.warmup_ratio", "ramp.transition_ratio", "rollout.top_p",
+          "model.hidden_dropout", "model.attention_dropout", "model.rotary_percent")  # fmt: skip
 # With these, layers may be spread unevenly over the stages; megatron-core checks them itself.
 UNEVEN = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage", "pipeline_model_parallel_layout",
           "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split")  # fmt: skip
@@ -73,6 +73,8 @@ def _check_loss(config: Config) -> None:
                 _fail(config, "loss.name", f"got {value!r}, expected the name of a loss, such as dft")
         elif not isinstance(value, (int, float, bool, str)) or (isinstance(value, float) and not math.isfinite(value)):
             _fail(config, f"loss.{key}", f"got {value!r}, expected a finite number, true, false or text")
+    if config.ramp is not None and "ramp" in config.loss:
+        _fail(config, "loss.ramp", f"got {config.loss['ramp']} beside a section ramp, expected one of the two: a constant, or a schedule")
 
 
 def _check_model(config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 from megatron_plugin.config.checks import check
 from megatron_plugin.config.errors import ConfigError
 from megatron_plugin.config.keys import check_keys, key_types
+from megatron_plugin.config.recipes import RECIPES
 from megatron_plugin.config.schema import Config
 
 __all__ = ["describe", "load_config", "read_file", "save_config", "to_yaml"]
@@ -40,7 +42,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
 
     `world_size`: ranks of the job, for the checks that need it; None: they are left out.  ConfigError names the key, its origin
     (file:line or command line), what was got and expected."""
-    layers = [read_file(Path(path)), *map(_read_override, overrides)]
+    layers = [part for layer in (read_file(Path(path)), *map(_read_override, overrides)) for part in (*_recipe(layer), layer)]
     sources: dict[str, str] = {}
     for layer in layers:
         check_keys(layer.values, layer.where)
@@ -122,6 +124,22 @@ def _read_override(text: str) -> Layer:
     return Layer(values, COMMAND_LINE, {})
 
 
+def _recipe(layer: Layer) -> list[Layer]:
+    """What the recipe that `layer` names stands for, as a layer of its own below it."""
+    name = layer.values.get("recipe")
+    if name is None or name == "":
+        return []
+    if not isinstance(name, str) or name not in RECIPES:
+        near = difflib.get_close_matches(str(name).lower(), RECIPES, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(RECIPES)}"
+        raise ConfigError(f"got the recipe {name!r}; {hint}", "recipe", layer.where("recipe"))
+    values: dict[str, Any] = {}
+    for key, value in RECIPES[name].items():
+        section, _, inner = key.partition(".")
+        values.setdefault(section, {})[inner] = value
+    return [Layer(values, f"recipe {name} ({layer.where('recipe')})", {})]
+
+
 def _yaml_problem(error: Exception) -> str:
     return getattr(error, "problem", None) or str(error).split("\n")[0]
 
@@ -151,7 +169,7 @@ def _normalise(layer: Layer) -> None:
     """In place: what people write for "empty" and for "one file" in the form of the schema."""
     known, values = key_types(), layer.values
     for name, value in values.items():
-        if value is None and name not in ("mu", "rollout") and (is_dataclass(known[name]) or get_origin(known[name]) is dict):
+        if value is None and name not in ("mu", "ramp", "rollout") and (is_dataclass(known[name]) or get_origin(known[name]) is dict):
             values[name] = {}
         for key in list(value) if isinstance(value, dict) else ():
             kind, inner = known.get(f"{name}.{key}"), value[key]

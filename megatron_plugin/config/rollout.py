@@ -20,6 +20,8 @@ class RolloutConfig:
     """vllm: child processes of the job, shared out over the data-parallel leaders in order."""
     tensor: int = 1
     """vllm: GPUs of one child."""
+    devices: list[str] = field(default_factory=list)
+    """vllm on GPUs: CUDA_VISIBLE_DEVICES of each child in order, such as ["4,5", "6,7"]; empty: that of its leader, whose GPU they share."""
     memory: float = 0.0
     """vllm: share of the GPU's memory in (0, 1], or GiB of key-value cache on a CPU; 0: 0.5 of a GPU, 0.25 GiB on a CPU."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"

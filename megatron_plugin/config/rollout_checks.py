@@ -33,6 +33,15 @@ def check_rollout(config: Config) -> None:
     if config.loss_name == "gspo" and config.parallel.context > 1:
         _fail(config, "parallel.context", f"got {config.parallel.context}, expected 1 with loss gspo: its ratio is over whole sequences, which context "
               "parallelism cuts")  # fmt: skip
+    if config.loss_name == "srft" and rollout.advantage_scale != "group":
+        _fail(config, "rollout.advantage_scale", f"got {rollout.advantage_scale}, expected group with loss srft: its advantages are over the group that "
+              "holds the demonstration")  # fmt: skip
+    if config.data.expert_samples == 0 and _uses_experts(config):
+        _fail(config, "data.expert_samples", "got 0, expected at least 1: the loss has a share of expert data; for none of it take loss.name=grpo, or "
+              "mu.peak=0 and mu.valley=0")  # fmt: skip
+    if config.checkpoint.interval % rollout.updates:
+        _fail(config, "checkpoint.interval", f"got {config.checkpoint.interval}, expected a multiple of rollout.updates ({rollout.updates}): a run cannot be "
+              "resumed between the updates of one rollout batch")  # fmt: skip
     if rollout.advantage_scale == "group" and rollout.n == 1:
         _fail(config, "rollout.n", "got 1, expected at least 2: a group of one has no advantage; or set rollout.advantage_scale=none or batch")
 
@@ -48,6 +57,9 @@ def _check_engine(config: Config) -> None:
             _fail(config, "rollout.url", f"got {url!r}, expected scheme, host and port, such as http://10.0.0.7:8000")
     if len(set(rollout.url)) < len(rollout.url):
         _fail(config, "rollout.url", "got one address twice, expected each server once")
+    if rollout.devices and len(rollout.devices) != rollout.engines:
+        _fail(config, "rollout.devices", f"got {len(rollout.devices)} entries, expected one for each of rollout.engines ({rollout.engines}), such as "
+              "['4,5', '6,7']")  # fmt: skip
     if rollout.max_staleness > 1:
         _fail(config, "rollout.max_staleness", f"got {rollout.max_staleness}, expected 0 or 1: one rollout batch is sampled ahead, not more")
     if rollout.max_staleness and rollout.sleep:
@@ -74,6 +86,11 @@ def _check_sampling(config: Config) -> None:
         key = "rollout.top_p" if rollout.top_p < 1 else "rollout.top_k"
         _fail(config, key, "got a cut support, which the trainer's log-probabilities do not have, expected a correction beside it: loss.tis=2.0, "
               "or rollout.correction")  # fmt: skip
+    if rollout.correction != "none" and any(name in config.loss for name in CORRECTIONS):
+        named = ", ".join(f"loss.{name}" for name in CORRECTIONS if name in config.loss)
+        _fail(config, "rollout.correction", f"got {rollout.correction} beside {named}, expected one of them: each multiplies by the same ratio")
+    if rollout.correction_bound == 0 and rollout.correction not in ("none", "opsm"):
+        _fail(config, "rollout.correction_bound", "got 0, expected above 0: no completion would be kept")
     if rollout.max_tokens >= config.data.seq_length:
         _fail(config, "rollout.max_tokens", f"got {rollout.max_tokens}, expected less than data.seq_length ({config.data.seq_length}): "
               "prompt and completion share a row")  # fmt: skip
@@ -96,6 +113,13 @@ def check_rollout_world(config: Config, ranks: int) -> None:
     if mixes and config.data.expert_samples % ranks:
         got = config.data.expert_samples
         _fail(config, "data.expert_samples", f"got {got}, expected a multiple of the data-parallel ranks ({ranks}); try {-(-got // ranks) * ranks}")
+
+
+def _uses_experts(config: Config) -> bool:
+    """Whether a step may hold expert samples of data.expert_samples; srft takes the demonstrations of its prompts instead."""
+    if config.loss_name == "chord":
+        return config.mu is None or config.mu.peak > 0 or config.mu.valley > 0
+    return "." in config.loss_name and config.mu is not None and (config.mu.peak > 0 or config.mu.valley > 0)
 
 
 def _corrected(config: Config) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from megatron_plugin.config.rollout import RolloutConfig
 
-__all__ = ["CheckpointConfig", "Config", "DataConfig", "GPTArguments", "MuConfig", "ParallelConfig", "RolloutConfig", "TrainConfig"]
+__all__ = ["CheckpointConfig", "Config", "DataConfig", "GPTArguments", "MuConfig", "ParallelConfig", "RampConfig", "RolloutConfig", "TrainConfig"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,17 @@ class MuConfig:
     """Share in [0, 1] after the warm-up."""
     valley: float = 0.1
     """Share in [0, peak] after the decay."""
+
+
+@dataclass(frozen=True)
+class RampConfig:
+    """How the weights of idft go from those of dft to their own (schedules/ramp.py): the parameter `ramp` of a loss that has one, from step to
+    step.  Leave the section out for a constant loss.ramp.  The defaults are those of the released trainer."""
+
+    warmup_ratio: float = 0.2
+    """Share of train.steps in [0, 1] at ramp 0, which is dft."""
+    transition_ratio: float = 0.1
+    """Share of train.steps in [0, 1] over which the ramp rises to 1, behind the warm-up; 0: at once."""
 
 
 @dataclass(frozen=True)
@@ -164,11 +175,15 @@ class Config:
     """Of weights, data order, embedded data and dropout."""
     deterministic: bool = False
     """Refuse GPU algorithms whose result varies between runs."""
+    recipe: str = ""
+    """The name of a published run (config/recipes.py), whose keys come right before those of the file or override that names it: the same file
+    and later overrides go over them."""
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     loss: dict[str, Any] = field(default_factory=lambda: {"name": "sft"})
     """name: one of megatron_plugin.LOSSES, or your own as package.module.function; every other key is a parameter of that loss."""
     mu: MuConfig | None = None
+    ramp: RampConfig | None = None
     rollout: RolloutConfig | None = None
     """On-policy training (config/rollout.py); left out: supervised training."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -19,8 +19,10 @@
 Stage by stage
     messages.py    one line -> Conversation (roles, contents, which turns are trained, with which weight)
     tokenize.py    Conversation -> Sample (tokens, labels at the same place, weights)            nothing is shifted yet
-    packing.py     Samples -> rows; PackedRows.batch shifts labels and weights by one, the only place that does
+    packing.py     Samples -> rows; PackedRows.batch shifts labels, weights and columns by one, the only place that does
+                   columns: Sample.columns {name: [T]}, values of each token (expert, advantage, old_logp, ...) that losses read as TokenInputs
     prompts.py     Conversation -> Prompt (token ids and the reference answer), for rollouts
+    scores.py      how on-distribution each line is, as jsonl that can be taken up again; not part of training
     order.py       which rows belong to a step, and to a rank; knows nothing of tokens
 Everything before `shard` is the same on every rank, whatever the layout: ranks read the same file and compute the same rows.
 
@@ -34,7 +36,16 @@ from megatron_plugin.data.errors import BadLines, DataError
 from megatron_plugin.data.load import load_rows
 from megatron_plugin.data.messages import Conversation, Message, iter_lines, parse_line, read_conversations
 from megatron_plugin.data.order import BLANK_ROW, RowOrder, eval_steps, shard
-from megatron_plugin.data.packing import PAD_SEGMENT, PackedBatch, PackedRows, PackingReport, attention_mask, cu_seqlens, pack_samples
+from megatron_plugin.data.packing import (
+    PAD_SEGMENT,
+    PackedBatch,
+    PackedRows,
+    PackingReport,
+    attention_mask,
+    cu_seqlens,
+    pack_samples,
+    truncate,
+)
 from megatron_plugin.data.prompts import Prompt, PromptSet, encode_prompts
 from megatron_plugin.data.tokenize import IGNORE_INDEX, ConversationEncoder, Sample, encode_all
 from megatron_plugin.data.tokenizer import load_tokenizer, pad_id, train_tokenizer, true_vocab_size
@@ -72,6 +83,7 @@ __all__ = [
     "read_conversations",
     "shard",
     "train_tokenizer",
+    "truncate",
     "true_vocab_size",
     "write_arithmetic",
 ]

@@ -20,7 +20,7 @@ from megatron_plugin.data.errors import BadLines, DataError
 from megatron_plugin.data.order import BLANK_ROW
 from megatron_plugin.data.tokenize import IGNORE_INDEX, Sample
 
-__all__ = ["PAD_SEGMENT", "PackedBatch", "PackedRows", "PackingReport", "attention_mask", "cu_seqlens", "pack_samples", "plan_rows"]
+__all__ = ["PAD_SEGMENT", "PackedBatch", "PackedRows", "PackingReport", "attention_mask", "cu_seqlens", "pack_samples", "plan_rows", "truncate"]
 
 PAD_SEGMENT = -1
 
@@ -184,7 +184,7 @@ def pack_samples(
                 )
             )
         else:
-            cut = _truncate(sample, seq_length) if overlong == "truncate" else None
+            cut = truncate(sample, seq_length) if overlong == "truncate" else None
             if cut is None:
                 dropped.append(sample.source)
             else:
@@ -253,7 +253,7 @@ def cu_seqlens(segment_ids_bs: Tensor) -> Tensor:
     return torch.cat([starts, starts.new_tensor([b * s])]).to(torch.int32)
 
 
-def _truncate(sample: Sample, seq_length: int) -> Sample | None:
+def truncate(sample: Sample, seq_length: int) -> Sample | None:
     """The first seq_length tokens; None when no trained token is left among them."""
     columns = {name: values[:seq_length] for name, values in sample.columns.items()}
     cut = Sample(sample.tokens_T[:seq_length], sample.labels_T[:seq_length], sample.weight_T[:seq_length], sample.source, columns)

@@ -9,6 +9,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch import distributed as dist
 
+from megatron_plugin.losses.cll import cll_counts
 from megatron_plugin.losses.reduction import LossOutput
 
 __all__ = ["check_normalised_per_step", "check_will_be_divided", "loss_scale", "metric_pairs", "report", "token_means"]
@@ -24,9 +25,10 @@ def report(loss_sum: Tensor, output: LossOutput, *, num_tokens: Tensor | None = 
 
 
 def metric_pairs(output: LossOutput) -> dict[str, Tensor]:
-    """{name: [sum, tokens]} of everything measured but the loss itself."""
+    """{name: [sum, tokens]} of everything measured but the loss itself, and how many tokens are how surprising (losses/cll.py)."""
     count = output.num_tokens.float()
-    return {name: torch.stack([value.float(), count]) for name, value in output.metric_sums.items() if name != "loss"}
+    sums = output.metric_sums | cll_counts(output.per_token.logp, output.per_token.entropy)
+    return {name: torch.stack([value.float(), count]) for name, value in sums.items() if name != "loss"}
 
 
 def check_normalised_per_step(config: TransformerConfig) -> None:

@@ -1,7 +1,7 @@
 """The objectives, by name.  Yours: `LOSSES["mine"] = bind(my_loss)`, or pass the function or its dotted path to `bind`."""
 
 # Modules, not functions: `from .dft import dft` would put the function in the place of the module megatron_plugin.losses.dft.
-from megatron_plugin.losses import chord, cispo, dft, eaft, grpo, gspo, idft, luffy, sft, srft
+from megatron_plugin.losses import chord, cispo, cll, dft, eaft, grpo, gspo, idft, luffy, sft, srft
 from megatron_plugin.losses.contract import LossFunction, TokenLoss
 
 __all__ = ["LOSSES"]
@@ -18,6 +18,8 @@ LOSSES: dict[str, TokenLoss] = {
     "gce": _loss(dft.gce, "gce"),
     "chord_phi": _loss(chord.chord_phi, "chord_phi"),
     "idft": _loss(idft.idft, "idft"),
+    "cll_mask": _loss(cll.cll_mask, "cll_mask"),
+    "cll_sigmoid": _loss(cll.cll_sigmoid, "cll_sigmoid"),
     "eaft": _loss(eaft.eaft, "eaft"),
     "srft_demo": _loss(srft.srft_demo, "srft_demo"),
     "luffy": _loss(luffy.luffy, "luffy"),

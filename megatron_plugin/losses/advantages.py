@@ -17,7 +17,7 @@ __all__ = ["SEQUENCE_CORRECTIONS", "augmented_advantages", "group_advantages", "
 Groups = Tensor | Sequence[Sequence[float] | Tensor]
 """Rewards by prompt: a tensor [P, n], or P sequences of any length."""
 SCALES = ("group", "batch", "none")
-SEQUENCE_CORRECTIONS = ("sequence_tis", "sequence_mask", "sequence_reject", "opsm")
+SEQUENCE_CORRECTIONS = ("sequence_tis", "sequence_mask", "opsm")
 
 
 def group_advantages(rewards: Groups, *, scale: str = "group", eps: float = 1e-6, sums: Tensor | None = None) -> Tensor | list[Tensor]:
@@ -39,17 +39,20 @@ def group_advantages(rewards: Groups, *, scale: str = "group", eps: float = 1e-6
     return torch.stack(advantages) if isinstance(rewards, Tensor) and advantages else advantages
 
 
-def augmented_advantages(rewards: Groups, demos: Groups, *, eps: float = 1e-6) -> tuple[list[Tensor], list[Tensor]]:
+def augmented_advantages(rewards: Groups, demos: Groups, *, over_answers: bool = False, eps: float = 1e-6) -> tuple[list[Tensor], list[Tensor]]:
     """SRFT: advantages of answers and of demonstrations, both by the mean and deviation of their union (arXiv 2506.19767, eq. 6 and 7).
 
     rewards, demos: the same P prompts; a prompt without demonstration has an empty one.  fp64, lists of [n_p] and [d_p].
-    Demonstrations usually have reward 1 and raise the mean.  The released code takes mean and deviation over the answers alone: that is
-    `group_advantages`.  ValueError as there, and for another number of prompts.
+    Demonstrations usually have reward 1 and raise the mean.  over_answers: mean and deviation of the answers alone, as in the released code,
+    where a deviation of 0 counts as 1.  ValueError as in `group_advantages`, and for another number of prompts.
     """
     groups = _groups(rewards, "augmented_advantages")
     shown = _groups(demos, "augmented_advantages", empty=True)
     if len(groups) != len(shown):
         raise ValueError(f"augmented_advantages: got demonstrations of {len(shown)} prompts, expected those of the same {len(groups)}")
+    if over_answers:
+        made = [(_advantages(group, "group", eps, 1.0), _against(group, demo, eps)) for group, demo in zip(groups, shown, strict=True)]
+        return [own for own, _ in made], [of_demo for _, of_demo in made]
     joined = [_advantages(torch.cat(pair), "group", eps, 1.0) for pair in zip(groups, shown, strict=True)]
     return [a[: len(g)] for a, g in zip(joined, groups, strict=True)], [a[len(g) :] for a, g in zip(joined, groups, strict=True)]
 
@@ -84,40 +87,34 @@ def overlong_penalty(lengths: Tensor | Sequence[int], *, max_tokens: int, buffer
     return -factor * (over / buffer).clamp(0, 1) + 0.0  # -0.0 + 0.0 = 0.0
 
 
-def sequence_weight(
-    old_logp_T: Tensor, rollout_logp_T: Tensor, *, mode: str, bound: float, low: float = 0.0, geometric: bool = False, advantage: float = 0.0
-) -> float:
+def sequence_weight(old_logp_T: Tensor, rollout_logp_T: Tensor, *, mode: str, bound: float, advantage: float = 0.0) -> float:
     """What one answer counts for, given that the rollout engine and not the trainer's policy drew it: a factor on each of its tokens.
 
     old_logp_T, rollout_logp_T: nats of its sampled tokens, by the trainer before the first update and by the engine.  r is the answer's
-    ratio: the product of p_old / p_rollout, or with `geometric` its T-th root.
-        sequence_tis      min(r, bound)                               truncated importance sampling
-        sequence_mask     r where low <= r <= bound, else 0           masked importance sampling; TRL's default, with bound = 3
-        sequence_reject   1 where low <= r <= bound, else 0           rejection sampling
-        opsm              0 where advantage < 0 and mean(log p_rollout - log p_old) > bound (nats), else 1: off-policy sequence masking.  slime
-                          (1e-4) and Trinity (0.1) have p_old and p in the place of p_rollout and p_old
+    ratio, the product of p_old / p_rollout.
+        sequence_tis    min(r, bound)                  truncated importance sampling
+        sequence_mask   r where r <= bound, else 0     masked importance sampling; TRL's default, with bound = 3
+        opsm            0 where advantage < 0 and mean(log p_rollout - log p_old) > bound (nats), else 1: off-policy sequence masking.  slime
+                        (1e-4) and Trinity (0.1) have p_old and p in the place of p_rollout and p_old
     A product over a long answer is far from 1 even where every token is close: 0.1% each way are a factor of 2.7 after 1000 tokens.  The
     log-ratio is held to +-20 nats.  A 0 belongs in the mask before `count_step`: a coefficient of 0 leaves num_tokens and the normaliser's
-    count apart.  ValueError for an unknown mode, bounds that do not fit, or log-probabilities that are not numbers of one shape [T].
+    count apart.  ValueError for an unknown mode, a bound that does not fit, or log-probabilities that are not numbers of one shape [T].
     """
-    _check_sequence(old_logp_T, rollout_logp_T, mode, bound, low)
+    _check_sequence(old_logp_T, rollout_logp_T, mode, bound)
     log_ratio_T = old_logp_T.double() - rollout_logp_T.double()
     if mode == "opsm":
         return 0.0 if advantage < 0 and float(-log_ratio_T.mean()) > bound else 1.0
-    log_ratio = log_ratio_T.mean() if geometric else log_ratio_T.sum()
-    ratio = float(log_ratio.clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX).exp())
-    if mode == "sequence_tis":
-        return min(ratio, bound)
-    if not low <= ratio <= bound:
-        return 0.0
-    return ratio if mode == "sequence_mask" else 1.0
+    ratio = float(log_ratio_T.sum().clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX).exp())
+    if ratio <= bound:
+        return ratio
+    return bound if mode == "sequence_tis" else 0.0
 
 
-def _check_sequence(old_logp_T: Tensor, rollout_logp_T: Tensor, mode: str, bound: float, low: float) -> None:
+def _check_sequence(old_logp_T: Tensor, rollout_logp_T: Tensor, mode: str, bound: float) -> None:
     if mode not in SEQUENCE_CORRECTIONS:
         raise ValueError(f"sequence_weight: got mode={mode!r}, expected one of {', '.join(SEQUENCE_CORRECTIONS)}")
-    if not 0 <= low <= bound or (bound == 0 and mode != "opsm"):
-        raise ValueError(f"sequence_weight: got low={low}, bound={bound}, expected 0 <= low <= bound and bound > 0")
+    if not bound >= 0 or (bound == 0 and mode != "opsm"):
+        raise ValueError(f"sequence_weight: got bound={bound}, expected {'nats >= 0' if mode == 'opsm' else 'a ratio > 0'}")
     if old_logp_T.shape != rollout_logp_T.shape or old_logp_T.dim() != 1 or not len(old_logp_T):
         raise ValueError(
             f"sequence_weight: got old_logp {list(old_logp_T.shape)} and rollout_logp {list(rollout_logp_T.shape)}, expected one number for each "
@@ -148,6 +145,12 @@ def _advantages(group: Tensor, scale: str, eps: float, batch_std: float | Tensor
         return centred
     std = batch_std if scale == "batch" else 1.0 if alone else group.std()  # torch's std has n - 1
     return centred / (std + eps)
+
+
+def _against(group: Tensor, demo: Tensor, eps: float) -> Tensor:
+    """Advantages of `demo` by the mean and deviation of `group`."""
+    std = group.std() if len(group) > 1 and (group != group[0]).any() else torch.ones((), dtype=torch.float64)
+    return (demo - group.mean()) / (std + eps)
 
 
 def _std_of_sums(sums: Tensor) -> Tensor:

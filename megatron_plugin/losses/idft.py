@@ -20,9 +20,12 @@ def idft(
     """IDFT, -sg(p^gamma) log p with gamma = 1 + ramp (clamp(e^(-cll / beta), gamma_min, gamma_max) - 1) (arXiv 2602.12222).
 
     [T] nats; cll = log p + H, the centred log-likelihood: 0 for a typical token, below 0 for one that surprises the model.
-    cll = 0 or ramp = 0 is DFT (not SFT), gamma -> 0 is SFT.  `ramp` in [0, 1] is the step's warm-up, called lambda in the paper.
-    The form of the released FSDP trainer, without its clamp of p at 1e-10 inside the logarithm; the released `adaptive_polylog_loss`
-    detaches the whole loss and trains nothing.  gamma_max is 2 in its defaults and 1 in one of its run scripts.
+    cll = 0 or ramp = 0 is DFT (not SFT), gamma -> 0 is SFT.  `ramp` in [0, 1] is the step's warm-up, called lambda in the paper
+    (schedules/ramp.py; the section `ramp` of a configuration).  gamma_max is 2 in the released defaults and 1 in one of its run scripts.
+
+    Not copied from the released code: its FSDP trainer holds gamma fixed but not p (its commit e33b89c), so that the gradient carries
+    -p^gamma (1 + gamma log p), which changes sign below p = e^(-1/gamma) and pushes rare labels down; there ramp = 0 is not DFT either.
+    Its `adaptive_polylog_loss` detaches the whole loss and trains nothing.  Its clamp of p at 1e-10 inside the logarithm is left out.
     Metric gamma: the exponent.  ValueError for beta <= 0, 0 <= gamma_min <= gamma_max or ramp in [0, 1] broken.
     """
     check_number("idft", "beta", beta, above=0)

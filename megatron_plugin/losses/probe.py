@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from megatron_plugin.losses.cll import CLL_METRICS
 from megatron_plugin.losses.contract import BASE_METRICS, LossFunction, TermsError, TokenInputs, TokenLoss, TokenStats
 
 __all__ = ["check_once", "is_token_local", "metric_names", "own_metrics", "saving_as_it_is"]
@@ -208,9 +209,9 @@ def _kept_metrics(fn: LossFunction, given: frozenset[str], tensors: tuple[str, .
 
 
 def metric_names(loss: TokenLoss, given: frozenset[str] = frozenset()) -> list[str]:
-    """Names of what `loss` reports when it is given the inputs `given` (of TokenInputs, "extra.<name>") beside a coefficient, "lm loss" included.
+    """Names of what a step with `loss` reports (hooks/report.py) when it is given the inputs `given` (of TokenInputs, "extra.<name>") beside a coefficient, "lm loss" included.
 
     ValueError where the loss needs more: supervised training has no advantage to give, say.
     """
     own = own_metrics(loss, given)
-    return ["lm loss", *(name for name in BASE_METRICS if name != "loss"), *own, *loss.regularisers]
+    return ["lm loss", *(name for name in BASE_METRICS if name != "loss"), *CLL_METRICS, *own, *loss.regularisers]

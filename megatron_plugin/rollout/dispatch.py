@@ -6,6 +6,7 @@ The caller's thread decides everything; a thread per request in flight only asks
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -61,7 +62,7 @@ class Slot:
     cause: str | None = None
     """Why it is DEAD; None: it is not."""
     load: int = 0
-    """Requests in flight."""
+    """Requests in flight, of all calls."""
     asked: int = 0
     restarts: int = 0
 
@@ -82,8 +83,10 @@ class Books:
     concurrency: int
     late: int = 0
     closed: bool = False
+    calls: set[Call] = field(default_factory=set)
+    """Those that run: they share the engines' places, and each is told when one falls vacant."""
     lock: threading.Lock = field(default_factory=threading.Lock)
-    """Of late, Slot.load and _Attempt.given_up; never held while an engine is asked, nor taken by Fleet.close."""
+    """Of late, calls, Slot.load and _Attempt.given_up; never held while an engine is asked, nor taken by Fleet.close."""
 
 
 @dataclass(eq=False)
@@ -105,18 +108,23 @@ class Call:
         self.running: set[_Attempt] = set()
         self.tries: Counter[Hashable] = Counter()
         self.version = max((slot.version for slot in usable), default=-1)
-        self.handed_back: queue.SimpleQueue[tuple[_Attempt, Any, bool]] = queue.SimpleQueue()
+        self.handed_back: queue.SimpleQueue[tuple[_Attempt, Any, bool] | None] = queue.SimpleQueue()
+        """(attempt, completions or error, whether the engine can go on); None: another call left a place."""
         self.result = Generated()
 
     def run(self) -> Generated:
-        """Until nothing is in flight and nothing pending can be asked."""
+        """Until nothing is in flight and nothing pending can be asked.  An engine whose places other calls have is waited for."""
+        with self.books.lock:
+            self.books.calls.add(self)
         try:
             self._give_out()
-            while self.running and not self.books.closed:
+            while (self.running or (self.pending and self.usable)) and not self.books.closed:
                 self._wait()
                 self._give_out()
             self.pending.extend(attempt.request for attempt in self.running)
         finally:
+            with self.books.lock:
+                self.books.calls.discard(self)
             self._give_up(self.running)
         for request in self.pending:
             self.result.missing[request.key] = self._why_missing()
@@ -129,20 +137,20 @@ class Call:
         """Pending requests to the least loaded engines, up to `concurrency` each."""
         self.usable = [slot for slot in self.usable if slot.cause is None]
         while self.pending and self.usable and not self.books.closed:
-            slot = min(self.usable, key=lambda slot: (slot.load, slot.asked))
-            if slot.load >= self.books.concurrency:
-                return
+            with self.books.lock:  # looked at and taken at once: another call may take the place in between
+                slot = min(self.usable, key=lambda slot: (slot.load, slot.asked))
+                if slot.load >= self.books.concurrency:
+                    return
+                slot.load += 1
+                slot.asked += 1
             allowed_s = self.books.timeout_s + min(GRACE_S, 0.1 * self.books.timeout_s)
             attempt = _Attempt(self.pending.popleft(), slot, time.monotonic() + allowed_s)
             self.running.add(attempt)
-            with self.books.lock:
-                slot.load += 1
-                slot.asked += 1
             # Daemons, not an executor: at exit the interpreter would wait for the threads of an engine that hangs.
             threading.Thread(target=self._ask, args=(attempt,), name=f"rollout {slot.engine.name}", daemon=True).start()
 
     def _ask(self, attempt: _Attempt) -> None:
-        """In a thread of its own.  Hands back (attempt, completions or error, whether the engine can go on)."""
+        """In a thread of its own."""
         engine, request, healthy = attempt.slot.engine, attempt.request, True
         try:
             outcome: Any = engine.generate(request.prompt_ids, request.params, timeout_s=self.books.timeout_s)
@@ -155,15 +163,18 @@ class Call:
                 self.handed_back.put((attempt, outcome, healthy))
 
     def _wait(self) -> None:
-        """For one answer or the next deadline; an engine that missed one is lost."""
-        nearest = min(attempt.deadline for attempt in self.running) - time.monotonic()
+        """For one answer, a place or the next deadline; an engine that missed one is lost."""
+        nearest = min((attempt.deadline for attempt in self.running), default=math.inf) - time.monotonic()
         try:
-            attempt, outcome, healthy = self.handed_back.get(timeout=min(max(nearest, 0.0), POLL_S))
+            back = self.handed_back.get(timeout=min(max(nearest, 0.0), POLL_S))
         except queue.Empty:
             now = time.monotonic()
             for attempt in [attempt for attempt in self.running if attempt.deadline <= now]:
                 self._lose(attempt.slot, f"no answer within {self.books.timeout_s:g} s")
             return
+        if back is None:
+            return
+        attempt, outcome, healthy = back
         if attempt in self.running and attempt.slot.cause is None:
             self._take(attempt, outcome, healthy)
             return
@@ -218,11 +229,14 @@ class Call:
                 self.result.missing[key] = f"asked of {MAX_TRIES} engines, each was lost; the last, {slot.engine.name}: {cause}"
 
     def _give_up(self, attempts: Iterable[_Attempt]) -> None:
+        """No answer of theirs is wanted any more; their places are vacant."""
         with self.books.lock:
             for attempt in list(attempts):
                 attempt.given_up = True
                 attempt.slot.load = max(0, attempt.slot.load - 1)
                 self.running.discard(attempt)
+            for call in self.books.calls - {self}:
+                call.handed_back.put(None)
 
     def _why_missing(self) -> str:
         if self.books.closed:

@@ -21,6 +21,9 @@ __all__ = ["Fleet", "Generated", "Request"]
 
 HEALTH_S = 10.0  # an engine that does not say how it is within this time is not asked for anything else
 
+CONCURRENCY = 64
+"""Requests in flight per engine."""
+
 
 class Fleet:
     """One or more engines with distinct names.
@@ -29,7 +32,7 @@ class Fleet:
     max_restarts: per engine, over the fleet's life.
     """
 
-    def __init__(self, engines: Sequence[RolloutEngine], *, timeout_s: float, concurrency: int = 64, max_restarts: int = 3):
+    def __init__(self, engines: Sequence[RolloutEngine], *, timeout_s: float, concurrency: int = CONCURRENCY, max_restarts: int = 3):
         names = [engine.name for engine in engines]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"engines: got the names {names}, expected at least one engine, each under a name of its own")
@@ -49,8 +52,9 @@ class Fleet:
     def generate(self, requests: Iterable[Request]) -> Generated:
         """Ask for every request, and wait until each is completed, refused or missing.
 
-        Only HEALTHY engines with the newest weights among them are asked.  Waits no longer for any engine than timeout_s (and a tenth),
-        and not at all when none is left.  May be called from any thread.  WrongModelError is passed on; every other failure is in the result.
+        Only HEALTHY engines with the newest weights among them are asked.  Waits no longer for any answer than timeout_s (and a tenth),
+        and not at all when no engine is left.  May be called from any thread, by several at once: they share `concurrency`, and a call that
+        finds every place taken waits for one.  WrongModelError is passed on; every other failure is in the result.
         """
         requests = list(requests)
         counts = Counter(request.key for request in requests)

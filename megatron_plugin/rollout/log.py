@@ -1,10 +1,12 @@
-"""rollouts.jsonl: every sample that was trained on, or could have been, one line each.
+"""rollouts.jsonl: every sample that was drawn and judged, one line each, whether it was trained on or dropped with its group.
 
     log = RolloutLog(run_dir / "rollouts.jsonl", resumed_at=120)      # what a killed run logged beyond step 120 is done again, and logged again
     log.add([RolloutLine(step=121, source="prompts.jsonl:7", prompt="Tom has ...", completion="5+7=12\\n#### 12", tokens=9, reward=1.0, ...)])
     log.close()
+    cut_rollouts(run_dir, resumed_at=120, first=2)                    # the same for files of leaders that this run, with two, has not
 
-One process writes a file.  A step's lines are written at once, so a kill leaves at most a torn last line, which the next start drops.
+One process writes a file: leader 0 rollouts.jsonl, leader N rollouts.N.jsonl.  A step's lines are written at once, so a kill leaves at most a
+torn last line, which the next start drops.
 """
 
 from __future__ import annotations
@@ -12,12 +14,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RolloutLine", "RolloutLog", "read_rollouts"]
+__all__ = ["RolloutLine", "RolloutLog", "cut_rollouts", "read_rollouts"]
+
+FILES = re.compile(r"rollouts(?:\.(\d+))?\.jsonl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +41,6 @@ class RolloutLine:
     advantage: float
     finish_reason: str
     weight_version: int
-    engine: str | None = None
 
 
 class RolloutLog:
@@ -57,6 +61,20 @@ class RolloutLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def cut_rollouts(run_dir: str | Path, *, resumed_at: int, first: int = 0) -> int:
+    """Drop lines of steps after `resumed_at`, and torn ones, from rollouts.jsonl (number 0) and every rollouts.N.jsonl, N >= `first`, of a run
+    directory, whichever run wrote them; how many.  Each file is replaced at once or stays as it was; other files are left alone.
+
+    A file that a RolloutLog holds open must not be cut: its writer would go on in the file that was replaced.  With `first` the number of this
+    run's leaders only files without a writer are touched, and no leader need wait; with 0, cut before any leader opens its log.
+    """
+    dropped = 0
+    for path in sorted(Path(run_dir).glob("rollouts*.jsonl")):
+        if (name := FILES.fullmatch(path.name)) and int(name[1] or 0) >= first:
+            dropped += _cut(path, resumed_at)
+    return dropped
 
 
 def read_rollouts(path: str | Path) -> Iterator[dict[str, Any]]:

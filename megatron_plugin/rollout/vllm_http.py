@@ -136,7 +136,8 @@ class VLLMEngine:
             self.wake()
         self.weight_version = None
         self._updating = version
-        # running requests end with the weights they began with
+        # running requests end with the weights they began with; an engine whose requests take longer than CONTROL_S (120 s) counts as lost, which
+        # the trainer never sees: it updates when none are running
         self._wire.request("POST", "/pause", params={"mode": "wait", "clear_cache": False})
         self._wire.call("megatron_plugin_abort_update")  # of a trainer that died in the middle of one
         self._wire.request("POST", "/start_weight_update")

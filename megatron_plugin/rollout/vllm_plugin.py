@@ -13,7 +13,6 @@ import os
 import socket
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
 from megatron_plugin.rollout.expected_weights import ExpectedWeights
 from megatron_plugin.rollout.transports.bucket import Manifest, tensors_of
 from megatron_plugin.rollout.transports.gloo import broadcast, join
-from megatron_plugin.rollout.transports.shm import PREFIX
+from megatron_plugin.rollout.transports.shm import received
 from megatron_plugin.rollout.vllm_versions import BACKENDS, check_vllm
 from megatron_plugin.rollout.watchdog import watch_parent
 
@@ -148,17 +147,10 @@ class _Backend(WeightTransferEngine[Invitation, Update]):
 
 
 class SharedMemoryBackend(_Backend):
-    """Buckets in files of /dev/shm."""
+    """Buckets in files of the trainer's machine."""
 
     def receive(self, update: Update) -> Tensor:
-        path = Path(update.path)
-        if not path.name.startswith(PREFIX) or path.is_symlink():  # the routes are open to whoever reaches the port
-            raise ValueError(f"got {update.path!r}, expected a file of weights called {PREFIX}...")
-        if not path.exists():
-            raise ValueError(f"{path}: got no such file, expected the trainer's shared memory: it reaches engines on its own machine; take gloo for others")
-        if path.stat().st_size != update.size:
-            raise ValueError(f"{path}: got {path.stat().st_size} bytes, expected {update.size}")
-        return torch.from_file(str(path), shared=True, size=update.size, dtype=torch.uint8)
+        return received(update.path, update.size)
 
 
 class _GroupBackend(_Backend):

@@ -9,6 +9,7 @@ vLLM's routes for weight updates ask for no key, so whoever reaches the port own
 from __future__ import annotations
 
 import atexit
+import ipaddress
 import json
 import os
 import secrets
@@ -68,7 +69,7 @@ class EngineOptions:
     sleep: bool = False
     """GPU: enable vLLM's sleep mode."""
     log: str = "engine.log"
-    """Output of the server; started anew each time."""
+    """Output of the server.  Appended to, under a headline for each start: a restart keeps the traceback of the death that it repairs."""
     start_timeout_s: float = 300.0
     extra_args: tuple[str, ...] = ()
     """Appended to the command as they are."""
@@ -147,18 +148,20 @@ class ServerProcess:
     engine_id: str
     """Random; the server tells it, so that another server at the same port is not taken for this one."""
     log: Path
+    log_begin: int = 0
+    """Byte of the log at which this server's own output begins."""
     start_s: float = 0.0
 
     def alive(self) -> bool:
         return self.popen.poll() is None
 
     def log_tail(self) -> str:
-        """The last lines of the log, for messages."""
+        """The last lines of the log, for messages; none of a server before this one."""
         try:
-            lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+            text = self.log.read_bytes()[self.log_begin :].decode(errors="replace")
         except OSError as error:
             return f"(no log: {error})"
-        return "\n".join(lines[-LOG_LINES:])
+        return "\n".join([line for line in text.splitlines() if line.strip()][-LOG_LINES:])
 
     def stop(self) -> None:
         """End the whole process group: asked first, killed after 5 s.  Python's resource tracker goes last: it removes shared memory."""
@@ -208,9 +211,12 @@ def start_server(options: EngineOptions) -> ServerProcess:
     environment = server_environment(options) | {OWNER: str(os.getpid()), "MEGATRON_PLUGIN_ENGINE": engine_id}
     log = Path(options.log)
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as output:
+    with log.open("ab") as output:
+        output.write(f"\n==== vLLM is started, {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
+        output.flush()
+        begin = output.tell()
         popen = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True)
-    process = ServerProcess(popen, f"http://127.0.0.1:{port}", engine_id, log)
+    process = ServerProcess(popen, f"http://127.0.0.1:{port}", engine_id, log, begin)
     _RUNNING.add(process)
     try:
         while not answers(process.url):
@@ -237,7 +243,10 @@ def answers(url: str, timeout_s: float = 2.0) -> bool:
 
 
 def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or host.startswith("127.")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name, which may be anybody's: 127.example.org
+        return False
 
 
 def _members(group: int) -> list[int]:

@@ -26,7 +26,7 @@ from megatron_plugin.trainer.hf_model import hf_config_for, run_values
 from megatron_plugin.trainer.model import DTYPES, build_model, transformer_config
 from megatron_plugin.trainer.world import world
 
-__all__ = ["export_model", "import_model"]
+__all__ = ["empty_model", "export_model", "import_model", "layout_config"]
 
 HF_FILES = ("config.json", "generation_config.json")  # beside the tokenizer's
 SEQ_LENGTH = 2048
@@ -47,10 +47,10 @@ def import_model(hf_dir: str | Path, run_dir: str | Path, overrides: Sequence[st
     if vocab_size > fields.vocab_size:
         raise WeightsError(f"{source}: got a tokenizer with ids up to {vocab_size - 1}, expected below vocab_size {fields.vocab_size} of config.json")
     values = _start_values(target, hf_config, fields, vocab_size)
-    config = _config(values, overrides, world_size, settable=("parallel.", "train.dtype="))
+    config = layout_config(values, overrides, world_size, settable=("parallel.", "train.dtype="))
     values["train"] = {"dtype": config.train.dtype}
     with world(config):
-        chunks = _build(config, vocab_size)
+        chunks = empty_model(config, vocab_size)
         import_hf(chunks, source)
         save_checkpoint(target, chunks, None, {"step": 0, "vocab_size": vocab_size}, keep=0)
         if dist.get_rank() == 0:
@@ -72,12 +72,12 @@ def export_model(
     checkpoint = find_checkpoint(run_dir)
     run, state = checkpoint.parent.parent, read_state(checkpoint)
     values = run_values(run)
-    config = _config({"model": values["model"], "train": {"dtype": values.get("train", {}).get("dtype", "fp32")}}, overrides, world_size,
+    config = layout_config({"model": values["model"], "train": {"dtype": values.get("train", {}).get("dtype", "fp32")}}, overrides, world_size,
                      settable=("parallel.",))  # fmt: skip
     origin = Path(like) if like else None
     hf_config, origin = (read_hf_config(origin), origin) if origin else hf_config_for(run, values, state["vocab_size"])
     with world(config):
-        chunks = _build(config, state["vocab_size"])
+        chunks = empty_model(config, state["vocab_size"])
         load_checkpoint(checkpoint, chunks)
         files_from = [*([origin] if origin else []), run / "tokenizer"]
         export_hf(chunks, hf_dir, like=hf_config, files_from=files_from, dtype=DTYPES[dtype] if dtype else None)
@@ -85,10 +85,11 @@ def export_model(
             print(f"{hf_dir}: {checkpoint.name} of {run}, config.json {f'like {origin}' if origin else 'made from config.yaml'}", flush=True)
 
 
-def _build(config: Config, vocab_size: int) -> list:
+def empty_model(config: Config, vocab_size: int) -> list:
+    """This rank's model chunks, whose every weight is still to be loaded."""
     with as_config_error("model"):
         transformer = transformer_config(config)
-        transformer.perform_initialization = False  # every weight comes from a file
+        transformer.perform_initialization = False
         return build_model(config, transformer, vocab_size)
 
 
@@ -120,11 +121,13 @@ def _yaml(values: dict[str, Any], target: Path, source: Path) -> str:
     return head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
-def _config(values: dict[str, Any], overrides: Sequence[str], world_size: int, *, settable: tuple[str, ...]) -> Config:
-    """The checked configuration of a conversion: the model's, with this job's layout."""
+def layout_config(values: dict[str, Any], overrides: Sequence[str], world_size: int, *, settable: tuple[str, ...]) -> Config:
+    """The checked configuration of what only reads or writes weights: that of `values`, with this job's layout.
+
+    ConfigError for an override that is not among `settable` (beginnings)."""
     for override in overrides:
         if not override.startswith(settable):
-            raise ConfigError(f"got the override {override!r}, expected {' or '.join(f'{s}...' for s in settable)} here; set it when training")
+            raise ConfigError(f"got the override {override!r}, expected {' or '.join(f'{s}...' for s in settable)} here; other keys are those of training")
     batch = {"micro_batch": 1, "global_batch": world_size}  # nothing is trained, but the ranks left over must divide it
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"

@@ -62,6 +62,9 @@ def prepare_datasets(config: Config, run_dir: Path, weights_from: Path | None) -
         bad_lines=bad_lines,
     )  # fmt: skip
     evals = [_eval_set(config, name, path, tokenizer) for name, path in eval_files.items()]
+    if config.loss_name == "srft":  # a prompt whose demonstration was left out has none to join its group
+        shown = {sample.source for sample in rows.samples}
+        train = [conversation for conversation in train if conversation.source in shown]
     prompts = _prompts(config, run_dir, train, tokenizer) if config.rollout else None
     return Datasets(tokenizer, true_vocab_size(tokenizer), rows, evals, bad_lines, prompts)
 

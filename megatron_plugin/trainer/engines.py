@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -55,7 +56,8 @@ class Engines:
         """Optimizer steps behind the weights that were sent last."""
         self.first_version = 0
         """Of the weights at step 0: above what a server has from another run, or from this one before it was resumed."""
-        self.asleep = False
+        self.sleeps, self.asleep = self.config.sleep and torch.cuda.is_available(), False
+        self._check_devices()
         leaders.on_leaders(self._start)
         self.first_version = max(leaders.everyone(self.first_version))
 
@@ -72,9 +74,9 @@ class Engines:
     def refresh(self, step: int) -> None:
         """Bring dead engines back, and give all of them the weights of `step` unless they have them."""
         self.step = step
+        self.leaders.on_leaders(self._wake)  # also where nothing is sent: after an evaluation they sleep with the newest weights
         if not any(self.leaders.everyone(self._behind())):
             return
-        self.leaders.on_leaders(self._wake)
         self.leaders.on_leaders(self._restart)
         self.sync.send(self.fleet, self.transport, self.version)
 
@@ -88,9 +90,8 @@ class Engines:
 
     def rest(self) -> None:
         """The engines give their GPU memory to the trainer until the next `refresh`, where the configuration says so."""
-        if self.config.sleep and self.fleet is not None:
-            self.fleet.sleep()
-            self.asleep = True
+        if self.sleeps:
+            self.leaders.on_leaders(self._sleep)
 
     def close(self) -> None:
         """End child processes; servers are left running."""
@@ -102,6 +103,10 @@ class Engines:
     def _behind(self) -> bool:
         return self.fleet is not None and bool(self.fleet.dead() or any(engine.weight_version != self.version for engine in self.fleet.engines))
 
+    def _sleep(self) -> None:
+        self.fleet.sleep()
+        self.asleep = True
+
     def _wake(self) -> None:
         if self.asleep:
             self.fleet.wake()
@@ -110,6 +115,13 @@ class Engines:
     def _restart(self) -> None:
         if self.fleet.dead():
             self.fleet.restart_dead()
+
+    def _check_devices(self) -> None:
+        """Children without devices of their own take their leader's: on one machine all leaders see the same ones."""
+        hosts = [host for host in self.leaders.everyone(socket.gethostname() if self.leaders.leads else None) if host]
+        if torch.cuda.is_available() and not self.config.url and not self.config.devices and len(set(hosts)) < len(hosts):
+            raise ConfigError(f"got nothing, expected the GPUs of each of {len(hosts)} engines: several are started on one machine, and would take the same "
+                              "ones; for example rollout.devices=['4,5','6,7']", "rollout.devices", self.run.config.sources.get("rollout.engines"))  # fmt: skip
 
     def _start(self) -> None:
         """On a leader: its engines."""
@@ -141,7 +153,7 @@ class Engines:
     def _options(self) -> EngineOptions:
         config = self.config
         return engine_options(
-            str(self.folder), dtype=self.dtype, memory=config.memory, max_model_len=self.run.config.data.seq_length, tensor=config.tensor,
+            str(self.folder), devices=config.devices[self.leaders.index] if config.devices else None, dtype=self.dtype, memory=config.memory, max_model_len=self.run.config.data.seq_length, tensor=config.tensor,
             max_num_seqs=max(128, config.n, config.eval_n), transfer=self.transfer, seed=self.run.config.seed, sleep=config.sleep,
             log=str(self.folder / f"engine{self.leaders.index}.log"), start_timeout_s=config.start_timeout_s,
         )  # fmt: skip

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -30,6 +32,14 @@ class Judged:
     texts: Sequence[str]
     results: Sequence[RewardResult]
     rewards: Sequence[float]
+    demonstration: float | None = None
+    """Reward of the prompt's expert answer, where it joins the group (SRFT)."""
+
+    @property
+    def teaches(self) -> bool:
+        """Whether rewards differ: with equal ones every advantage is 0."""
+        joined = [] if self.demonstration is None else [self.demonstration]
+        return bool(informative([[*self.rewards, *joined]])[0])
 
 
 ByReplica = dict[int, list[Judged]]
@@ -41,20 +51,29 @@ class Judge:
     def __init__(self, run: Run, leaders: Leaders):
         self.config, self.leaders, self.tokenizer = run.config.rollout, leaders, run.data.tokenizer
         self.joins_demonstrations = run.config.loss_name == "srft"
+        self.over_answers = run.loss.params.get("preset") == "code"  # SRFT's released code: mean and deviation of the answers alone
+        self.seconds = 0.0
+        """Spent in `judge` since whoever reports it set this to 0."""
         self.wanted = self.config.prompts // leaders.replicas
         with as_config_error("rollout.reward", run.config.sources.get("rollout.reward")):
             self.reward = leaders.on_leaders(lambda: make_reward(self.config.reward, timeout_s=self.config.reward_timeout_s))
 
     def judge(self, found: Sequence[tuple[Prompt, Sequence[Completion]]]) -> list[Judged]:
         """Leaders only: every completion of these prompts."""
+        begin = time.perf_counter()
         texts = [[self.tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions] for _, completions in found]
         samples = [
             RewardSample(prompt.text, text, prompt.reference, completion.finish_reason)
             for (prompt, completions), own in zip(found, texts, strict=True)
             for completion, text in zip(completions, own, strict=True)
         ]
-        results = iter(self.reward(samples))
-        return [self._judged(prompt, completions, own, [next(results) for _ in own]) for (prompt, completions), own in zip(found, texts, strict=True)]
+        shown = [prompt for prompt, _ in found] if self.joins_demonstrations else []
+        samples += [RewardSample(prompt.text, prompt.reference, prompt.reference) for prompt in shown]  # on the answers' scale
+        results = self.reward(samples)
+        answers, demos = iter(results), results[len(results) - len(shown) :]
+        judged = [self._judged(prompt, completions, own, [next(answers) for _ in own]) for (prompt, completions), own in zip(found, texts, strict=True)]
+        self.seconds += time.perf_counter() - begin
+        return [replace(j, demonstration=demo.reward) for j, demo in zip(judged, demos, strict=True)] if shown else judged
 
     def _judged(self, prompt: Prompt, completions: Sequence[Completion], texts: Sequence[str], results: Sequence[RewardResult]) -> Judged:
         config = self.config
@@ -66,28 +85,28 @@ class Judge:
 
     def short_of(self, judged: ByReplica) -> int:
         """Groups that this leader's replicas lack for steps in which every group teaches."""
-        return sum(max(0, self.wanted - int(informative([j.rewards for j in own]).sum())) for own in judged.values())
+        return sum(max(0, self.wanted - sum(j.teaches for j in own)) for own in judged.values())
 
-    def informative_first(self, judged: ByReplica, more: ByReplica) -> ByReplica:
-        """As many groups for each replica as before, of these and `more`: those that teach, in order, then the others."""
-        chosen = {}
+    def informative_first(self, judged: ByReplica, more: ByReplica) -> tuple[ByReplica, list[Judged]]:
+        """As many groups for each replica as a step takes, of these and `more`: those that teach, in order, then the others; and what is left over."""
+        chosen, left_out = {}, []
         for replica, own in judged.items():
-            both = own + more.get(replica, [])
-            teaches = informative([j.rewards for j in both]).tolist()
-            chosen[replica] = [both[i] for i in sorted(range(len(both)), key=lambda i: not teaches[i])[: self.wanted]]
-        return chosen
+            both = sorted(own + more.get(replica, []), key=lambda j: not j.teaches)
+            chosen[replica] = both[: self.wanted]
+            left_out += both[self.wanted :]
+        return chosen, left_out
 
     def groups(self, judged: ByReplica) -> tuple[dict[int, list[Group]], dict[str, float]]:
         """(groups with advantages by replica, on leaders; metrics of the whole batch, on every rank)."""
-        mine = reward_sums([j.rewards for own in judged.values() for j in own])
-        sums = sum(self.leaders.everyone(mine if self.leaders.leads else torch.zeros_like(mine)))
-        groups = {replica: self._with_advantages(own, sums) for replica, own in judged.items()}
+        mine = self.leaders.on_leaders(lambda: reward_sums([j.rewards for own in judged.values() for j in own]))
+        sums = sum(x for x in self.leaders.everyone(mine) if x is not None)
+        groups = self.leaders.on_leaders(lambda: {replica: self._with_advantages(own, sums) for replica, own in judged.items()}) or {}
         return groups, self._metrics(judged)
 
     def _with_advantages(self, judged: Sequence[Judged], sums: torch.Tensor) -> list[Group]:
         rewards = [j.rewards for j in judged]
         if self.joins_demonstrations:
-            advantages, of_demos = augmented_advantages(rewards, [[1.0]] * len(rewards))
+            advantages, of_demos = augmented_advantages(rewards, [[j.demonstration] for j in judged], over_answers=self.over_answers)
             demos = [float(a) for a in of_demos]
         else:
             advantages, demos = group_advantages(rewards, scale=self.config.advantage_scale, sums=sums), [0.0] * len(rewards)
@@ -96,24 +115,26 @@ class Judge:
             for j, a, demo in zip(judged, advantages, demos, strict=True)
         ]
 
-    def mean_reward(self, judged: ByReplica) -> float:
-        """Over all completions, without the punishment of length; the same on every rank."""
+    def mean_reward(self, judged: ByReplica, unanswered: int) -> float:
+        """Over all completions and `unanswered` ones worth 0, without the punishment of length; the same on every rank."""
         rewards = [result.reward for own in judged.values() for j in own for result in j.results]
         said = self.leaders.everyone((sum(rewards), len(rewards)))
-        return sum(total for total, _ in said) / max(1, sum(count for _, count in said))
+        return sum(total for total, _ in said) / max(1, unanswered + sum(count for _, count in said))
 
     def _metrics(self, judged: ByReplica) -> dict[str, float]:
         counts: Counter[str] = Counter()
         for j in (j for own in judged.values() for j in own):
             counts["groups"] += 1
-            counts["zero_groups"] += not informative([j.rewards])[0]
+            counts["zero_groups"] += not j.teaches
             for completion, result in zip(j.completions, j.results, strict=True):
                 counts["samples"] += 1
                 counts["tokens"] += len(completion.token_ids)
                 counts["truncated"] += completion.finish_reason == "length"
                 counts["rewards"] += result.reward
                 counts["timeouts"] += result.cause in ("timeout", "memory", "crash", "error")
-        total = sum(self.leaders.everyone(counts), Counter())
+        total: Counter[str] = Counter()
+        for each in self.leaders.everyone(counts):
+            total.update(each)  # not +, which drops a negative sum of rewards
         samples, groups = max(1, total["samples"]), max(1, total["groups"])
         return {
             "rollout/reward_mean": total["rewards"] / samples, "rollout/len_mean": total["tokens"] / samples,
@@ -121,16 +142,17 @@ class Judge:
             "rollout/samples": float(total["samples"]), "rollout/reward_failures": float(total["timeouts"]),
         }  # fmt: skip
 
-    def lines(self, groups: dict[int, list[Group]], *, step: int) -> list[RolloutLine]:
-        """For rollouts.jsonl."""
+    def lines(self, groups: dict[int, list[Group]], left_out: Sequence[Judged], *, step: int) -> list[RolloutLine]:
+        """For rollouts.jsonl: what is trained on, then what dynamic sampling left out, which has no advantage."""
+        trained = [(group, group.advantages) for own in groups.values() for group in own]
         return [
             RolloutLine(
                 step=step, source=group.prompt.source, prompt=group.prompt.text, completion=text, tokens=len(completion.token_ids),
                 reward=result.reward, cause=result.cause, advantage=advantage, finish_reason=completion.finish_reason,
                 weight_version=completion.weight_version,
             )
-            for own in groups.values() for group in own
-            for completion, text, result, advantage in zip(group.completions, group.texts, group.results, group.advantages, strict=True)
+            for group, advantages in [*trained, *((judged, [math.nan] * len(judged.texts)) for judged in left_out)]
+            for completion, text, result, advantage in zip(group.completions, group.texts, group.results, advantages, strict=True)
         ]  # fmt: skip
 
     def close(self) -> None:

@@ -6,8 +6,7 @@ gloo groups of their own, whose timeout is as long as generation may take.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -86,13 +85,3 @@ class Leaders:
             raise own
         if said:
             raise RemoteError(*said[0])
-
-    @contextlib.contextmanager
-    def failing_together(self) -> Iterator[None]:
-        """What raises inside on one rank ends all, at the end of the block; the block must not wait for other ranks after it has raised."""
-        own = None
-        try:
-            yield
-        except Exception as error:
-            own = error
-        self.raise_first((f"{type(own).__name__}: {own}", getattr(own, "exit_code", 1)) if own else None, own)

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_plugin.config import as_config_error
+from megatron_plugin.config.rollout import RolloutConfig
 from megatron_plugin.config.rollout_checks import MIXED_LOSSES
 from megatron_plugin.data import RowOrder, Sample
 from megatron_plugin.losses.probe import metric_names
 from megatron_plugin.parallel.normaliser import Source
+from megatron_plugin.rollout.fleet import CONCURRENCY
 from megatron_plugin.schedules.mu import MU_PRESETS, mu_schedule
 from megatron_plugin.trainer.batch import Group, expert_sample, rollout_samples
 from megatron_plugin.trainer.leaders import Leaders
@@ -25,9 +27,6 @@ from megatron_plugin.trainer.supervised import nll
 
 __all__ = ["OnPolicy"]
 
-GIVEN = frozenset({"advantage", "expert", "rollout_logp", "old_logp", "ref_logp", "extra.reward", "extra.entropy", "extra.sequence"})
-"""Inputs that a loss may ask for here."""
-
 
 class OnPolicy:
     """Where the loop gets its steps from."""
@@ -36,14 +35,13 @@ class OnPolicy:
         config = run.config
         self.run, self.rollout = run, config.rollout
         with as_config_error("loss", config.sources.get("loss.name")):
-            self.names = metric_names(run.loss, GIVEN)
+            self.names = metric_names(run.loss, _given(run))
         self.mixes = config.loss_name in MIXED_LOSSES or ("." in config.loss_name and config.data.expert_samples > 0)
         self.extra = run.loss.twin is None  # a twin reads no extra inputs, and beside any its loss would be formed in PyTorch (losses/objective.py)
         self.experts = run.data.train.samples
         self.by_source = {sample.source: sample for sample in self.experts}
         self.expert_order = RowOrder(len(self.experts), max(config.data.expert_samples, 1), config.seed, fingerprint=run.data.train.fingerprint())
-        patience = 4 * self.rollout.timeout_s + self.rollout.start_timeout_s
-        self.leaders = Leaders(len(self.rollout.url) or self.rollout.engines, timeout_s=patience)
+        self.leaders = Leaders(len(self.rollout.url) or self.rollout.engines, timeout_s=_patience(self.rollout))
         self.scorer = Scorer(run)
         self.pending: list[MixedRows] = []
         self.metrics: dict[str, float] = {}
@@ -59,8 +57,8 @@ class OnPolicy:
             lines.append(f"{self.run.config.data.expert_samples} expert samples a step of {len(self.experts)}: {self.run.data.train.report}")
         return [*lines, *self.scorer.report()]
 
-    def mu(self) -> float:
-        """The share of expert data in the coming step: 0 without a loss for it."""
+    def mu(self, step: int) -> float:
+        """The share of expert data in the step after `step` of them: 0 without a loss for it."""
         config = self.run.config
         if config.mu is not None:
             schedule = {name: getattr(config.mu, name) for name in ("warmup_steps", "decay_steps", "peak", "valley")}
@@ -68,11 +66,11 @@ class OnPolicy:
             schedule = MU_PRESETS[self.run.loss.params.get("preset", "phi")]
         else:
             return 0.0
-        return mu_schedule(self.run.step, **schedule)
+        return mu_schedule(step, **schedule)
 
-    def sources(self) -> tuple[Source, Source]:
-        """(expert, rollout): how each enters the loss of the coming step."""
-        mu = self.mu()
+    def sources(self, step: int) -> tuple[Source, Source]:
+        """(expert, rollout): how each enters the loss of the step after `step` of them."""
+        mu = self.mu(step)
         kind = self.rollout.aggregation
         constant = float(self.rollout.max_tokens) if kind == "constant" else None
         both = self.run.config.loss_name != "chord" and self.mixes and self.run.config.mu is None  # srft: unit coefficients
@@ -81,10 +79,10 @@ class OnPolicy:
 
     def step(self) -> dict[str, float]:
         """One optimizer step: its means, grad_norm, lr, tokens, and what was measured about the rollouts."""
-        run, (expert, rollout) = self.run, self.sources()
+        run, (expert, rollout) = self.run, self.sources(self.run.step)
         self.metrics = {"mu": expert.share} if run.config.loss_name == "chord" else {}
         if not self.pending:
-            self.pending = self._batch(bool(expert.share), bool(rollout.share))
+            self.pending = self._batch(with_rollouts=bool(rollout.share))
         begin, mixed = time.perf_counter(), self.pending.pop(0)
 
         def gradients() -> dict[str, float]:
@@ -95,7 +93,7 @@ class OnPolicy:
         self.metrics["perf/train_s"] = time.perf_counter() - begin
         return means | self.metrics | {"tokens": rows * run.config.data.seq_length}
 
-    def _batch(self, with_experts: bool, with_rollouts: bool) -> list[MixedRows]:
+    def _batch(self, *, with_rollouts: bool) -> list[MixedRows]:
         """What the coming optimizer steps train on: one, or rollout.updates where there are rollouts."""
         updates = self.rollout.updates if with_rollouts else 1
         groups: list[Group] = []
@@ -106,8 +104,12 @@ class OnPolicy:
         for part in range(updates):
             own = groups[part * len(groups) // updates : (part + 1) * len(groups) // updates]
             samples = [sample for i, group in enumerate(own) for sample in rollout_samples(group, first=i * self.rollout.n, extra=self.extra)]
+            with_experts = self.sources(self.run.step + part)[0].share > 0
             parts.append(mix(self.run.config, samples + (self._experts(own) if with_experts else [])))
-        return self.scorer.score(parts, several=updates > 1) if with_rollouts else parts
+        if with_rollouts:
+            parts = self.scorer.score(parts, several=updates > 1)
+            self.metrics |= self.scorer.metrics
+        return [self.scorer.filled(part) for part in parts]
 
     def _experts(self, groups: Sequence[Group]) -> list[Sample]:
         """This replica's share of the step's expert samples: the next ones in order, or for srft the demonstrations of the groups' prompts."""
@@ -125,8 +127,25 @@ class OnPolicy:
         return metrics
 
     def position(self) -> dict[str, Any]:
-        """Of the data.  A checkpoint between the updates of one rollout batch points behind it: those that are left are not done again."""
+        """Of the data.  A checkpoint between the updates of one rollout batch (only that of the last step can be) points behind it."""
         return {"prompts": self.rollouts.position(), "experts": self.expert_order.state_dict()}
 
     def close(self) -> None:
         self.rollouts.close()
+
+
+def _given(run: Run) -> frozenset[str]:
+    """Inputs that a loss may ask for in this run."""
+    rollout, params = run.config.rollout, run.loss.params
+    made = {
+        "old_logp": rollout.updates > 1, "ref_logp": bool(params.get("kl", 0.0)), "extra.entropy": params.get("entropy_scope", "token") != "token"
+    }  # fmt: skip
+    extra = ("extra.reward", "extra.sequence") if run.loss.twin is None else ()
+    return frozenset({"advantage", "expert", "rollout_logp", *extra, *(name for name, is_made in made.items() if is_made)})
+
+
+def _patience(rollout: RolloutConfig) -> float:
+    """Seconds that ranks wait for a leader: the longest that a round of restarts, generation and judging can take by the limits of each part."""
+    waves = 2 + rollout.prompts / CONCURRENCY
+    judging = rollout.prompts * rollout.n * rollout.reward_timeout_s
+    return (1 + rollout.max_restarts) * (waves * rollout.timeout_s + rollout.start_timeout_s) + judging

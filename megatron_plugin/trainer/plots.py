@@ -17,6 +17,7 @@ PANELS = {  # title -> metrics drawn in it; plain NLL always stands beside a wei
     "tokens of a completion": ("rollout/len_mean",), "largest |log p - engine's|, nats": ("rollout/logp_diff_max",),
     "loss as trained": ("train/loss",), "NLL on training data, nats": ("train/nll",), "NLL held out, nats": ("eval/heldout_nll", "eval/ood_nll"),
     "mean token probability": ("train/token_prob",), "entropy, nats": ("train/entropy",), "mean weight": ("train/weight_mean",),
+    "mean log p + H (cll), nats": ("train/cll_mean",), "share of tokens with cll < -3": ("train/cll_below_minus_3",), "ramp of idft": ("train/ramp",),
     "gradient norm": ("train/grad_norm",), "learning rate": ("train/lr",),
 }  # fmt: skip
 STYLES = {  # marker, line, label's end

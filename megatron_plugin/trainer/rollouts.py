@@ -1,15 +1,18 @@
 """Rollout batches: prompts to the engines, answers to the judge, groups to the step.  Every rank calls these functions together.
 
 In rounds: each leader asks its engines; when requests are missing because engines were lost, they are restarted, all ranks together send them
-the weights, and the next round asks for what is missing.  So nothing is lost, asked twice, or drawn with mixed weights.
+the weights, and the next round asks for what is missing.  So no prompt is lost or trained on twice, and no completion is drawn with mixed
+weights; with max_staleness=1 those asked for again have newer weights than the rest of their batch.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,9 @@ from megatron_plugin.trainer.leaders import Leaders
 from megatron_plugin.trainer.run import Run
 
 __all__ = ["Rollouts"]
+
+log = logging.getLogger("megatron_plugin")
+COUNTED = ("retried", "late", "empty", "lost_engines", "refused", "answered", "behind")
 
 Asked = dict[int, list[tuple[Prompt, Request]]]
 """By replica: what its samples come from, in order."""
@@ -51,39 +57,44 @@ class Rollouts:
 
     def batch(self) -> tuple[list[Group], dict[str, float]]:
         """The next rollout batch: this replica's groups, and metrics of all replicas' groups."""
-        begin = time.perf_counter()
-        judged, counted, step = self._judged_batch()
+        begin, self.engines.sync.seconds, self.judge.seconds = time.perf_counter(), 0.0, 0.0
+        judged, counted = self._judged_batch()
+        left_out: list[Judged] = []
         for _ in range(self.config.dynamic_sampling):
             if not any(self.leaders.everyone(self.judge.short_of(judged))):
                 break
-            more, again, _ = self._judged_batch()
-            judged = self.judge.informative_first(judged, more)
-            counted = {name: count + again[name] for name, count in counted.items()}
+            more, again = self._judged_batch()
+            judged, without = self.judge.informative_first(judged, more)
+            left_out += without
+            counted.update(again)
         self.engines.rest()
         groups, metrics = self.judge.groups(judged)
-        if self.leads:
-            self.log.add(self.judge.lines(groups, step=self.run.step + 1))
+        self.leaders.on_leaders(lambda: self.log.add(self.judge.lines(groups, left_out, step=self.run.step + 1)))
         mine = self.leaders.from_leader(groups)[self.leaders.replica]
         self._position = self._ahead.position if self._ahead else self.order.state_dict()
+        metrics |= {"rollout/staleness": counted.pop("behind") / max(1, counted.pop("answered"))}
         metrics |= {f"rollout/{name}": float(count) for name, count in counted.items()}
-        metrics |= {"rollout/staleness": float(self.run.step - step), "perf/sync_s": self.engines.sync.seconds}
-        return mine, metrics | {"perf/generate_s": time.perf_counter() - begin - self.engines.sync.seconds}
+        sync, judge = self.engines.sync.seconds, self.judge.seconds
+        return mine, metrics | {"perf/sync_s": sync, "perf/judge_s": judge, "perf/generate_s": time.perf_counter() - begin - sync - judge}
 
     def evaluate(self) -> dict[str, float]:
-        """eval/<set>_reward_greedy and _reward_sampled (rollout.eval_n completions a prompt) of every held-out set, with the newest weights."""
+        """eval/<set>_reward_greedy and _reward_sampled (rollout.eval_n completions a prompt) of every held-out set, with the newest weights.
+
+        A prompt that is too long or that the engines refuse counts as answered for nothing."""
         if self._ahead is not None:
             self._ahead.finished()
         self.engines.refresh(self.run.step)
         metrics = {}
         for held_out in self.run.data.evals:
-            prompts = encode_prompts(held_out.conversations, self.run.data.tokenizer, longest=self.longest).prompts
-            mine = prompts[self.leaders.index :: self.leaders.count]
+            prompts = encode_prompts(held_out.conversations, self.run.data.tokenizer, longest=self.longest)
+            mine = prompts.prompts[self.leaders.index :: self.leaders.count]
             for name, n, temperature in (("greedy", 1, 0.0), ("sampled", self.config.eval_n, self.config.temperature)):
                 if n:
                     params = [self._params(n, temperature, f"eval {i}") for i in range(len(mine))]
                     asked = {0: [(prompt, Request(i, prompt.token_ids, params[i])) for i, prompt in enumerate(mine)]}
-                    judged, _ = self._complete(asked, None)
-                    metrics[f"eval/{held_out.name}_reward_{name}"] = self.judge.mean_reward(judged)
+                    judged, counted = self._complete(asked, None)
+                    unanswered = n * (counted["refused"] + len(prompts.too_long))
+                    metrics[f"eval/{held_out.name}_reward_{name}"] = self.judge.mean_reward(judged, unanswered)
         self.engines.rest()
         return metrics
 
@@ -111,15 +122,16 @@ class Rollouts:
         if self.log is not None:
             self.log.close()
 
-    def _judged_batch(self) -> tuple[dict[int, list[Judged]], dict[str, int], int]:
-        """(judged completions by replica, on leaders; counts; optimizer steps behind the weights that drew them) of the next prompts in order."""
+    def _judged_batch(self) -> tuple[dict[int, list[Judged]], Counter[str]]:
+        """(judged completions by replica, on leaders; counts over all leaders) of the next prompts in order."""
         if self.config.max_staleness == 0:
             self.engines.refresh(self.run.step)
-            return *self._complete(self._next_requests(), None), self.run.step
+            return self._complete(self._next_requests(), None)
         now = self._ahead or self._begin_ahead()
-        now.finished()  # nothing is in flight while weights change: no sample is of two versions
+        now.finished()  # nothing is in flight while weights change, also those that bring a lost engine back: no completion is of two versions
+        done = self._complete(now.asked, now.result, behind=self.run.step - now.step)
         self._begin_ahead()
-        return *self._complete(now.asked, now.result), now.step
+        return done
 
     def _begin_ahead(self) -> _Ahead:
         """Send the newest weights and let the next batch be sampled with them while the trainer goes on."""
@@ -147,30 +159,43 @@ class Rollouts:
             stop_token_ids=self.engines.stop_token_ids, **cut,
         )  # fmt: skip
 
-    def _complete(self, asked: Asked, first: Callable[[], Generated] | None) -> tuple[dict[int, list[Judged]], dict[str, int]]:
-        """Every request completed or refused, and judged, on leaders; `first`: where the first round is under way already."""
+    def _complete(self, asked: Asked, first: Callable[[], Generated] | None, *, behind: int = 0) -> tuple[dict[int, list[Judged]], Counter[str]]:
+        """Every request completed or refused, and judged, on leaders; counts over all leaders, the same on every rank.
+
+        first: where the first round is under way already, with weights of `behind` optimizer steps ago."""
         fleet = self.engines.fleet
         wanted = [request for part in asked.values() for _, request in part] if self.leads else []
         completions: dict[Any, list[Completion]] = {}
-        refused: dict[Any, str] = {}
-        counted = {"retried": 0, "late": 0, "empty": 0, "lost_engines": 0}
+        counted: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
         while True:
             generated = self.leaders.on_leaders(first or functools.partial(Fleet.generate, fleet, wanted)) or Generated()
             first = None
             completions |= generated.completions
-            refused |= generated.refused
-            counted["retried"] += generated.retried
-            counted["late"] += generated.late
-            counted["empty"] += generated.empty
-            counted["lost_engines"] += len(generated.lost)
+            counted.update(
+                retried=generated.retried, late=generated.late, empty=generated.empty, lost_engines=len(generated.lost), refused=len(generated.refused),
+                answered=len(generated.completions), behind=behind * len(generated.completions),
+            )  # fmt: skip
+            behind = 0
+            _say(generated)
             wanted = [request for request in wanted if request.key in generated.missing]
             if not any(self.leaders.everyone(len(wanted))):
                 break
             self.engines.recover()
         found = {r: [(p, completions[q.key]) for p, q in part if q.key in completions] for r, part in asked.items()} if self.leads else {}
         judged = self.leaders.on_leaders(lambda: {replica: self.judge.judge(part) for replica, part in found.items()}) or {}
-        counted = {name: sum(each[name] for each in self.leaders.everyone(counted)) for name in counted}
-        return judged, counted | {"refused": sum(self.leaders.everyone(len(refused)))}
+        total: Counter[str] = Counter()
+        for each in self.leaders.everyone(counted):
+            total.update(each)  # not +, which drops what is 0
+        return judged, total
+
+
+def _say(generated: Generated) -> None:
+    """Why engines were lost and prompts refused: counts alone would help nobody."""
+    for name, cause in generated.lost.items():
+        log.warning("rollout engine %s was lost: %s", name, cause)
+    if generated.refused:
+        key, cause = next(iter(generated.refused.items()))
+        log.warning("%d prompts refused, the first, (step, place) %s: %s", len(generated.refused), key, cause)
 
 
 class _Ahead:

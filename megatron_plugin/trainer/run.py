@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_plugin.config import Config, ConfigError, as_config_error, save_config
 from megatron_plugin.hooks.attach import Handle, attach
+from megatron_plugin.hooks.mcore import device
 from megatron_plugin.hooks.self_test import check_normalisation
 from megatron_plugin.losses.binding import bind
 from megatron_plugin.losses.contract import TokenLoss
 from megatron_plugin.ops import Head
+from megatron_plugin.schedules.ramp import ramp_schedule
 from megatron_plugin.trainer import checkpoint as checkpoints
 from megatron_plugin.trainer.datasets import Datasets, prepare_datasets
 from megatron_plugin.trainer.model import build_model, build_optimizer, transformer_config
@@ -43,6 +48,8 @@ class Run:
     step: int = 0
     position: dict[str, Any] | None = None
     """Of the data, as the checkpoint that the run resumes from has it; None at a fresh start."""
+    ramp: Tensor | None = None
+    """0-d, the loss's parameter of that name, which every step fills anew; None without a schedule."""
 
 
 def start(config: Config) -> Run:
@@ -54,7 +61,7 @@ def start(config: Config) -> Run:
     source = there if resume in ("auto", "never") else checkpoints.find_checkpoint(resume)
     init = None if source or not config.checkpoint.init else checkpoints.find_checkpoint(config.checkpoint.init)
     with as_config_error("loss", config.sources.get("loss.name")):
-        loss = bind(config.loss_name, **config.loss_params)
+        loss, ramp = _with_ramp(config, bind(config.loss_name, **config.loss_params))
     weights_from = source or init
     data = prepare_datasets(config, run_dir, weights_from.parent.parent if weights_from else None)
     if weights_from and (saved := checkpoints.read_state(weights_from)["vocab_size"]) != data.vocab_size:
@@ -68,7 +75,7 @@ def start(config: Config) -> Run:
     check_normalisation(transformer, chunks[0].ddp_config)
     temperature = config.rollout.temperature if config.rollout else 1.0  # the engine's distribution and the trainer's must be one
     handle = attach(chunks, loss, head=Head(vocab_size=data.vocab_size, temperature=temperature), one_pass=loss.token_local)
-    run = Run(config, data, loss, chunks, optimizer, scheduler, handle)
+    run = Run(config, data, loss, chunks, optimizer, scheduler, handle, ramp=ramp)
     if source is not None:
         state = checkpoints.load_checkpoint(source, chunks, optimizer)
         run.step, run.position = state["step"], state["data"]
@@ -81,6 +88,29 @@ def start(config: Config) -> Run:
     return run
 
 
+def _with_ramp(config: Config, loss: TokenLoss) -> tuple[TokenLoss, Tensor | None]:
+    """The loss with a 0-d tensor for its parameter `ramp`, where there is a schedule: kernels take it by address, so no step compiles anew."""
+    if config.ramp is None:
+        return loss, None
+    if "ramp" not in inspect.signature(loss.fn).parameters:
+        raise ConfigError(f"got a schedule, expected none: loss {config.loss_name} has no parameter ramp; leave the section out, or use loss.name=idft",
+                          "ramp", config.sources.get("ramp.warmup_ratio"))  # fmt: skip
+    ramp = torch.ones((), device=device())
+    return bind(loss, ramp=ramp), ramp
+
+
+def _set_ramp(run: Run) -> dict[str, float]:
+    """The ramp of the coming step, a function of the step alone: a resumed run has that of the undisturbed one."""
+    if run.ramp is None:
+        return {}
+    schedule = run.config.ramp
+    ramp = ramp_schedule(
+        run.step, run.config.train.steps, warmup_ratio=schedule.warmup_ratio, transition_ratio=schedule.transition_ratio
+    )
+    run.ramp.fill_(ramp)
+    return {"ramp": ramp}
+
+
 def record(run: Run) -> None:
     """The run's configuration in its directory; only when everything else has been accepted: a refused command must not change a run's record."""
     if dist.get_rank() == 0:
@@ -88,9 +118,10 @@ def record(run: Run) -> None:
 
 
 def optimizer_step(run: Run, gradients: Callable[[], dict[str, float]], samples: Callable[[], str]) -> dict[str, float]:
-    """Zero the gradients, form them by `gradients` (which returns the step's means), and step; the means, grad_norm and lr.
+    """Zero the gradients, form them by `gradients` (which returns the step's means), and step; the means, grad_norm, lr and the ramp if there is one.
 
     NonFiniteError, which names `samples()`, before the weights are touched if loss or gradient is not a number."""
+    ramp = _set_ramp(run)
     for chunk in run.chunks:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
@@ -105,7 +136,7 @@ def optimizer_step(run: Run, gradients: Callable[[], dict[str, float]], samples:
     run.optimizer.step()
     run.scheduler.step(increment=1)
     run.step += 1
-    return means | {"grad_norm": grad_norm, "lr": lr}
+    return means | {"grad_norm": grad_norm, "lr": lr} | ramp
 
 
 def save(run: Run, position: dict[str, Any]) -> None:

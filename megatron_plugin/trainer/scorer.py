@@ -12,6 +12,7 @@ from torch import Tensor
 from megatron_plugin.data import IGNORE_INDEX, Sample
 from megatron_plugin.hooks.mcore import device, groups
 from megatron_plugin.losses.advantages import sequence_weight
+from megatron_plugin.losses.contract import TokenLoss
 from megatron_plugin.trainer.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
 from megatron_plugin.trainer.mixed import MixedRows, Scored, score
 from megatron_plugin.trainer.reference import Reference
@@ -30,6 +31,9 @@ class Scorer:
         self.reference = _reference(run) if run.loss.params.get("kl", 0.0) else None
         self.scope = run.loss.params.get("entropy_scope", "token")
         self.corrects = self.rollout.correction != "none"
+        self.metrics: dict[str, float] = {}
+        """Of the last batch: rollout/corrected_frac, the share of completions that rollout.correction took out or truncated."""
+        self.needed = [name for name, wanted in (("rollout_logp", _corrects_tokens(run.loss)), ("ref_logp", self.reference is not None)) if wanted]
 
     def report(self) -> list[str]:
         """What the reference policy costs, for the terminal."""
@@ -37,13 +41,24 @@ class Scorer:
 
     def score(self, parts: Sequence[MixedRows], *, several: bool) -> list[MixedRows]:
         """The parts of a rollout batch, each one optimizer step, before the first of them; `several` steps need old_logp."""
-        parts = list(parts)
+        parts, self._cut = list(parts), torch.zeros(2)
         if several or self.corrects or self.scope != "token":
             parts = [self._with_own(part, several=several) for part in parts]
         if self.reference is not None:
             with self.reference.swapped_in():
                 parts = [part.with_columns("ref_logp", [found.logp_T for found in self._scored(part)]) for part in parts]
+        if self.corrects:
+            cut = self._cut.to(device())
+            dist.all_reduce(cut, group=groups().dp)
+            self.metrics = {"rollout/corrected_frac": float(cut[0] / cut[1].clamp(min=1))}
         return parts
+
+    def filled(self, part: MixedRows) -> MixedRows:
+        """The part with zeros in the columns that the loss asks for and only rollouts have, where no rank has one: experts do not read them."""
+        for name in self.needed:
+            if name not in part.rows.columns:
+                part = part.with_columns(name, [torch.zeros(len(sample.tokens_T)) for sample in part.samples])
+        return part
 
     def _scored(self, part: MixedRows) -> list[Scored]:
         return score(self.run.config, self.run.chunks, self.run.handle, part)
@@ -77,7 +92,13 @@ class Scorer:
             found.logp_T[live], sample.columns["rollout_logp"][live], mode=self.rollout.correction, bound=self.rollout.correction_bound,
             advantage=float(sample.columns["advantage"][live][0]),
         )  # fmt: skip
+        bound = self.rollout.correction_bound if self.rollout.correction == "sequence_tis" else 0.0
+        self._cut += torch.tensor([float(weight == bound), 1.0])
         return replace(sample, weight_T=sample.weight_T * weight)
+
+
+def _corrects_tokens(loss: TokenLoss) -> bool:
+    return any(name in loss.params for name in ("tis", "icepop_low", "icepop_high"))
 
 
 def _reference(run: Run) -> Reference:

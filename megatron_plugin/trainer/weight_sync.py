@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_plugin.hooks.weights import hf_tensors
-from megatron_plugin.rollout.engine import EngineError
 from megatron_plugin.rollout.fleet import Fleet
 from megatron_plugin.rollout.transfer import Transport, send_weights
 from megatron_plugin.trainer.leaders import Leaders
@@ -25,12 +24,12 @@ class WeightSync:
         self.chunks, self.leaders, self.vocab_size, self.dtype = chunks, leaders, vocab_size, dtype
         self.bucket_bytes, self.checksums = bucket_bytes, checksums
         self.seconds = 0.0
-        """Of the last `send`."""
+        """Spent in `send` since whoever reports it set this to 0."""
 
     def send(self, fleet: Fleet | None, transport: Transport | None, version: int) -> None:
         """The weights as they are now, as `version`, to those engines of this leader's `fleet` (None on other ranks) that have an older one.
 
-        Engines lost on the way are DEAD in their fleet.  Where an engine refuses, its EngineError ends every rank; none is left with half of them."""
+        Engines lost on the way are DEAD in their fleet.  What fails on one leader (an engine refuses, no room for a bucket, no network) ends every rank; no engine is left with half of them."""
         start, tensors, failure = time.perf_counter(), self._tensors(), None
         try:
             if fleet is None:
@@ -42,10 +41,12 @@ class WeightSync:
                                       checksums=self.checksums, dtype=self.dtype)  # fmt: skip
                 for engine in report.lost:
                     fleet.mark_lost(engine, "lost during a weight update")
-        except EngineError as error:  # after it `tensors` is exhausted: no other rank is left waiting
+        except Exception as error:
             failure = error
-        self.leaders.raise_first((f"{type(failure).__name__}: {failure}", failure.exit_code) if failure else None, failure)
-        self.seconds = time.perf_counter() - start
+            for _ in tensors:  # to the end, where it is not there yet: the other ranks are gathering
+                pass
+        self.leaders.raise_first((f"{type(failure).__name__}: {failure}", getattr(failure, "exit_code", 1)) if failure else None, failure)
+        self.seconds += time.perf_counter() - start
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         # one leader: to it alone.  Several: to every rank, one tensor at a time, because each leader sends to its own engines

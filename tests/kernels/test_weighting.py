@@ -55,7 +55,8 @@ def _torch_form(loss, stats: TokenStats, inputs: TokenInputs) -> torch.Tensor:
 VARIANTS = [
     *((name, {}) for name in sorted(name for name, loss in LOSSES.items() if loss.twin)),
     ("gce", {"gamma": 0.0}), ("gce", {"gamma": 2.5}), ("idft", {"beta": 0.5, "gamma_min": 0.3, "gamma_max": 1.0, "ramp": 0.4}),
-    ("idft", {"ramp": 0.0}), ("eaft", {"alpha": 0.0}), ("eaft", {"alpha": 0.5}), ("srft_demo", {"entropy_sign": 1.0, "max_weight": 3.0}),
+    ("idft", {"ramp": 0.0}), ("cll_mask", {"threshold": -1.0}), ("cll_sigmoid", {"tau": -1.0, "temperature": 0.5, "w_min": 0.2, "w_max": 0.9}),
+    ("cll_sigmoid", {"w_min": 1.0, "w_max": 0.0}), ("eaft", {"alpha": 0.0}), ("eaft", {"alpha": 0.5}), ("srft_demo", {"entropy_sign": 1.0, "max_weight": 3.0}),
     ("luffy", {"gamma": 0.5}), ("grpo", {"clip_low": 0.1, "clip_high": 0.28, "dual_clip": 1.5}), ("grpo", {"dual_clip": math.inf}), ("grpo", {"clip_low": 0.0, "clip_high": 0.0}),
 ]  # fmt: skip
 

@@ -19,7 +19,8 @@ FP32_LOSS = 4e-7   # one fp32 formula on one token, absolute and relative; measu
 TABLE = 6e-7       # hand values carry six decimals: half a unit of the last one, and a little
 VOCAB = 7          # of the random rows: small enough for finite differences, odd, no power of two
 
-DETACHED = ("dft", "sft_is", "gce", "chord_phi", "idft", "eaft", "srft_demo")
+DETACHED = ("dft", "sft_is", "gce", "chord_phi", "idft", "cll_mask", "cll_sigmoid", "eaft", "srft_demo")
+STEPS = ("cll_mask",)  # of these the weight has derivative 0 wherever it has one: detached or not, the gradient is the same
 DIFFERENTIATED = ("sft", "luffy", "grpo")  # sft has no weight; luffy through p, grpo through the ratio, on purpose
 
 
@@ -62,6 +63,10 @@ def _idft(logp, H, A, old, *, beta=1.0, gamma_min=0.1, gamma_max=2.0, ramp=1.0):
     return _weighted(math.exp(logp) ** (1 + ramp * (raw - 1)), logp)
 
 
+def _cll_sigmoid(logp, H, A, old, *, tau=0.0, temperature=1.0, w_min=0.1, w_max=1.0):
+    return _weighted(w_min + (w_max - w_min) / (1 + math.exp((logp + H - tau) / temperature)), logp)
+
+
 def _luffy(logp, H, A, old, *, gamma=0.1):
     p = math.exp(logp)
     return -A * p / (p + gamma), -A * gamma * p / (p + gamma) ** 2, 0.0
@@ -84,6 +89,8 @@ FORMULAE: dict[str, Formula] = {
     "gce": lambda logp, H, A, old, gamma=0.7: _weighted(math.exp(logp) ** gamma, logp),
     "chord_phi": lambda logp, H, A, old: _weighted(math.exp(logp) * (1 - math.exp(logp)), logp),
     "idft": _idft,
+    "cll_mask": lambda logp, H, A, old, threshold=-5.0: _weighted(1.0 if logp + H >= threshold else 0.0, logp),
+    "cll_sigmoid": _cll_sigmoid,
     "eaft": lambda logp, H, A, old, vocab_size=VOCAB, alpha=1.0: _weighted((H / math.log(vocab_size)) ** alpha, logp),
     "srft_demo": lambda logp, H, A, old, entropy_sign=-1, max_weight=math.inf: _weighted(
         min(0.5 * math.exp(entropy_sign * H), max_weight), logp

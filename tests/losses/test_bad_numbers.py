@@ -28,7 +28,7 @@ def test_a_stray_label_stays_nan(name, inputs):
 
 
 # p = 0: a weight that is a power of p kills the term, a weight that is not leaves -log 0 = inf, as cross-entropy has it
-POWERS_OF_P = ("dft", "sft_is", "gce", "chord_phi", "idft", "luffy")
+POWERS_OF_P = ("dft", "sft_is", "gce", "chord_phi", "idft", "luffy", "cll_mask")  # the last: cll = -inf is below every threshold
 
 
 @pytest.mark.parametrize("name", POWERS_OF_P)
@@ -37,7 +37,7 @@ def test_an_impossible_label_is_worth_nothing_where_p_weighs(name):
     assert loss == 0 and slope == 0
 
 
-@pytest.mark.parametrize("name, slope", [("sft", -1.0), ("eaft", -1 / math.log(1000)), ("srft_demo", -0.5 * math.exp(-1))])
+@pytest.mark.parametrize("name, slope", [("sft", -1.0), ("eaft", -1 / math.log(1000)), ("srft_demo", -0.5 * math.exp(-1)), ("cll_sigmoid", -1.0)])
 def test_an_impossible_label_is_infinite_elsewhere(name, slope):
     got = evaluate(name, -math.inf)
     assert got == (math.inf, pytest.approx(slope))

@@ -47,7 +47,7 @@ def test_vocabulary_is_filled_in_later_unless_given():
 
 
 MISTAKES = {
-    "unknown name": ("grop", {}, r"unknown loss 'grop' \(did you mean 'grpo'\?\); expected one of chord, chord_phi, cispo, dft, .*srft_demo"),
+    "unknown name": ("grop", {}, r"unknown loss 'grop' \(did you mean 'grpo'\?\); expected one of chord, chord_phi, cispo, cll_mask, .*srft_demo"),
     "capitals": ("DFT", {}, r"did you mean 'dft'"),
     "nothing near": ("zzz", {}, r"unknown loss 'zzz'; expected one of"),
     "not a loss": (3, {}, r"got a loss of type int, expected a name"),
@@ -68,6 +68,9 @@ MISTAKES = {
     "nan": ("gce", {"gamma": math.nan}, r"gamma=nan"),
     "bool": ("gce", {"gamma": True}, r"gamma=True, expected a number"),
     "vector": ("gce", {"gamma": torch.ones(2)}, r"gamma is a tensor of shape \[2\]; expected a number or a 0-d tensor"),
+    "threshold of cll_mask": ("cll_mask", {"threshold": math.inf}, r"'cll_mask': got threshold=inf, expected a number"),
+    "temperature of cll_sigmoid": ("cll_sigmoid", {"temperature": 0.0}, r"'cll_sigmoid': got temperature=0.0, expected a number in \(0, inf\)"),
+    "weight of cll_sigmoid": ("cll_sigmoid", {"w_min": -0.1}, r"'cll_sigmoid': got w_min=-0.1, expected a number in \[0, inf\)"),
     "vocabulary": ("eaft", {"vocab_size": 1}, r"vocab_size=1, expected a number in \[2"),
     "sign": ("srft_demo", {"entropy_sign": 0}, r"entropy_sign=0, expected -1 \(the paper\) or \+1"),
     "max_weight": ("srft_demo", {"max_weight": 0}, r"max_weight=0"),

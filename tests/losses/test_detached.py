@@ -7,10 +7,10 @@ from torch.autograd import gradcheck
 
 from megatron_plugin.losses.binding import bind
 from megatron_plugin.losses.contract import TokenInputs
-from tests.losses.oracle import DETACHED, DIFFERENTIATED, VOCAB, dense_stats, random_tokens
+from tests.losses.oracle import DETACHED, DIFFERENTIATED, STEPS, VOCAB, dense_stats, random_tokens
 
 STEP = 1e-5
-NUMERIC = 5e-10  # central differences of a function of size 1 at this step; measured 2.1e-10 (eaft)
+NUMERIC = 2e-9  # central differences of a function of size 1 at this step; measured 5.6e-10 (cll_sigmoid)
 
 
 def summed(name: str, labels_T: Tensor, inputs: TokenInputs):
@@ -46,7 +46,7 @@ def test_differentiated_losses_pass_the_naive_gradcheck(name):
     assert gradcheck(summed(name, labels_T, inputs), logits_TV)
 
 
-@pytest.mark.parametrize("name", DETACHED)
+@pytest.mark.parametrize("name", [name for name in DETACHED if name not in STEPS])
 def test_detached_losses_fail_the_naive_gradcheck(name):
     """The value depends on the logits through the weight too; a gradient that agreed with it would be the forbidden one."""
     logits_TV, labels_T, inputs = smooth_tokens()

@@ -82,12 +82,27 @@ def test_hand_weights_of_the_remaining_losses():
     assert bind("srft_demo", entropy_sign=1, max_weight=1.5)(stats, TokenInputs()).weight.item() == pytest.approx(1.5)  # 0.5 e^H = 2
 
 
+def test_hand_weights_of_cll():
+    """z = (ln 3, 0): cll is +0.274653 for the likely label and -0.823959 for the other; a token on the threshold is trained."""
+    for case, at_minus_half, sigmoid in (("ln3_label0", 1.0, 0.1 + 0.9 * 0.431765), ("ln3_label1", 0.0, 0.1 + 0.9 * 0.695076), ("uniform2", 1.0, 0.55)):
+        logits_TV, labels_T, _ = hand(case)
+        stats = dense_stats(logits_TV, labels_T)
+        assert bind("cll_mask", threshold=-0.5)(stats, TokenInputs()).weight.item() == at_minus_half
+        assert bind("cll_sigmoid")(stats, TokenInputs()).weight.item() == pytest.approx(sigmoid, abs=TABLE)
+    on_it = TokenStats(torch.tensor([-6.0]), torch.tensor([1.0]), torch.tensor([0.0]))
+    assert bind("cll_mask")(on_it, TokenInputs()).weight.item() == 1.0
+
+
 VARIANTS = [
     *((name, {}) for name in FORMULAE),
     ("gce", {"gamma": 0.0}),
     ("gce", {"gamma": 2.5}),
     ("idft", {"beta": 0.5, "gamma_min": 0.3, "gamma_max": 1.0, "ramp": 0.4}),
     ("idft", {"gamma_max": 4.0}),
+    ("cll_mask", {"threshold": -1.0}),
+    ("cll_mask", {"threshold": 0.25}),
+    ("cll_sigmoid", {"tau": -1.0, "temperature": 0.5, "w_min": 0.2, "w_max": 0.9}),
+    ("cll_sigmoid", {"w_min": 1.0, "w_max": 0.0}),
     ("eaft", {"alpha": 0.5}),
     ("srft_demo", {"entropy_sign": 1}),
     ("srft_demo", {"entropy_sign": 1, "max_weight": 1.0}),

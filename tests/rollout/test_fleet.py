@@ -1,9 +1,11 @@
 """A fleet shares out requests, asks only those who can answer, and tells all of them the same.  Engines are fakes: see fake_engine.py."""
 
+import threading
 import time
 
 import pytest
 
+from megatron_plugin.rollout import dispatch
 from megatron_plugin.rollout import fleet as fleet_module
 from megatron_plugin.rollout.engine import EngineError, Health, WrongModelError
 from megatron_plugin.rollout.fleet import Fleet
@@ -37,6 +39,60 @@ def test_an_idle_fleet_is_filled_evenly(fleet_of):
     engines = [FakeEngine(f"e{i}", delay_s=0.3) for i in range(4)]
     fleet_of(*engines, timeout_s=30).generate(requests(8))
     assert [len(engine.prompts) for engine in engines] == [2, 2, 2, 2]
+
+
+@pytest.fixture
+def at_once():
+    """Starts a call in a thread, as the trainer does for the step ahead; returns its result when asked for."""
+    threads = []
+
+    def start(fleet, asked):
+        found = []
+        threads.append(threading.Thread(target=lambda: found.append(fleet.generate(asked))))
+        threads[-1].start()
+        return lambda: threads[-1].join() or found[0]
+
+    yield start
+    for thread in threads:
+        thread.join()
+
+
+def _until_asked(engine, count):
+    end = time.monotonic() + SOON_S
+    while engine.in_flight < count and time.monotonic() < end:
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("engines", [1, 2])
+def test_two_calls_at_once_share_the_engines(fleet_of, at_once, engines, monkeypatch):
+    """All places are taken by the other call when the second begins: it waits for one, and is woken, not only looks now and then."""
+    monkeypatch.setattr(dispatch, "POLL_S", 30.0)
+    fakes = [FakeEngine(f"e{i}", delay_s=0.1) for i in range(engines)]
+    fleet = fleet_of(*fakes, timeout_s=60, concurrency=2)
+    other = at_once(fleet, requests(8))
+    _until_asked(fakes[0], 2)
+    begin = time.monotonic()
+    generated = fleet.generate(requests(9))
+    for result, count in ((generated, 9), (other(), 8)):
+        assert len(result.completions) == count and not (result.missing or result.lost), result.missing
+        answers_match(result)
+    assert time.monotonic() - begin < SOON_S and all(fake.most_in_flight == 2 for fake in fakes)
+
+
+@pytest.mark.parametrize("fault", ["hang", "die", "closed"])
+def test_an_engine_that_is_lost_while_a_call_waits_for_a_place(fleet_of, at_once, fault, monkeypatch):
+    monkeypatch.setattr(dispatch, "POLL_S", 0.5 if fault == "closed" else 30.0)
+    fake = FakeEngine(faults={0: "die" if fault == "die" else "hang"}, delay_s=0.3)
+    fleet = fleet_of(fake, concurrency=1, timeout_s=0.5 if fault == "hang" else 30)
+    other = at_once(fleet, requests(1))
+    _until_asked(fake, 1)
+    if fault == "closed":
+        threading.Timer(0.1, fleet.close).start()
+    begin = time.monotonic()
+    generated = fleet.generate(requests(3))
+    cause = {"hang": "no answer within 0.5 s", "die": "connection reset", "closed": "the fleet was closed"}[fault]
+    assert len(generated.missing) == 3 and cause in generated.missing["k0"] and time.monotonic() - begin < SOON_S
+    assert len(fake.prompts) == 1 and len(other().completions) == 0
 
 
 def test_a_refused_prompt_is_neither_retried_nor_fatal(fleet_of):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_plugin.rollout.log import RolloutLine, RolloutLog, read_rollouts
+from megatron_plugin.rollout.log import RolloutLine, RolloutLog, cut_rollouts, read_rollouts
 
 
 def _line(step, **changes):
@@ -22,7 +22,7 @@ def _line(step, **changes):
 def _write(path, *steps):
     log = RolloutLog(path, resumed_at=0)
     for step in steps:
-        log.add([_line(step), _line(step, completion="", reward=0.0, cause="empty", engine="http://127.0.0.1:8000")])
+        log.add([_line(step), _line(step, completion="", reward=0.0, cause="empty")])
     log.close()
 
 
@@ -32,9 +32,9 @@ def test_lines_come_back(tmp_path):
     first, second, *_ = read_rollouts(path)
     assert first == {
         "step": 1, "source": "prompts.jsonl:7", "prompt": "Tom has 5 apples, finds 7. How many?", "completion": "5+7=12\n#### 1", "tokens": 9,
-        "reward": 1.0, "cause": "right", "advantage": 0.7, "finish_reason": "stop", "weight_version": 1, "engine": None,
+        "reward": 1.0, "cause": "right", "advantage": 0.7, "finish_reason": "stop", "weight_version": 1,
     }  # fmt: skip
-    assert second["engine"] == "http://127.0.0.1:8000" and len(list(read_rollouts(path))) == 4
+    assert (second["completion"], second["cause"]) == ("", "empty") and len(list(read_rollouts(path))) == 4
 
 
 def test_a_line_is_on_disk_before_close(tmp_path):
@@ -55,6 +55,32 @@ def test_resume_drops_later_steps(tmp_path, resumed_at, kept, dropped):
     log.close()
     assert [record["step"] for record in read_rollouts(path)] == [*kept, resumed_at + 1]
     assert os.listdir(tmp_path) == ["r.jsonl"]
+
+
+def test_a_directory_is_cut_whoever_wrote_its_files(tmp_path):
+    """A run of four leaders is resumed with one: the files of the others hold steps, too, that are done again."""
+    names = ["rollouts.jsonl", "rollouts.1.jsonl", "rollouts.12.jsonl"]
+    for name in names:
+        _write(tmp_path / name, 1, 2, 3)
+    (tmp_path / "rollouts.1.jsonl").open("ab").write(b'{"step": 2, "tor')
+    others = ["rollouts.jsonl.bak", "rollouts.old.jsonl", "rollouts.1.jsonl.gz", "metrics.jsonl", "my.rollouts.1.jsonl"]
+    for name in others:
+        (tmp_path / name).write_text('{"step": 3}\n{"step"')
+    assert cut_rollouts(tmp_path, resumed_at=2) == 3 * 2 + 1
+    for name in names:
+        assert [record["step"] for record in read_rollouts(tmp_path / name)] == [1, 1, 2, 2]
+    assert all((tmp_path / name).read_text() == '{"step": 3}\n{"step"' for name in others), "a file of somebody else was cut"
+    assert sorted(os.listdir(tmp_path)) == sorted(names + others)
+    assert cut_rollouts(tmp_path, resumed_at=2) == 0 and cut_rollouts(tmp_path / "none", resumed_at=2) == 0
+
+
+def test_files_that_have_a_writer_are_left_to_it(tmp_path):
+    """Two leaders may be writing already: only the files from number 2 on are nobody's."""
+    for name in ("rollouts.jsonl", "rollouts.1.jsonl", "rollouts.2.jsonl", "rollouts.10.jsonl"):
+        _write(tmp_path / name, 1, 2)
+    assert cut_rollouts(tmp_path, resumed_at=1, first=2) == 4
+    steps = {path.name: {record["step"] for record in read_rollouts(path)} for path in tmp_path.iterdir()}
+    assert steps == {"rollouts.jsonl": {1, 2}, "rollouts.1.jsonl": {1, 2}, "rollouts.2.jsonl": {1}, "rollouts.10.jsonl": {1}}
 
 
 def test_resume_when_killed_at_any_byte(tmp_path):

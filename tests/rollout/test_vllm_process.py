@@ -47,12 +47,12 @@ def test_the_command(folder):
     assert "--no-enable-chunked-prefill" in command and int(value["--max-num-batched-tokens"]) >= 4096
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.7", "::", "", "example.org"])
+@pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.7", "::", "", "example.org", "127.example.org", "127.0.0.1.example.org"])
 def test_a_public_address_needs_a_permission(folder, host):
     with pytest.raises(ValueError, match="can be reached from other machines.*expected 127.0.0.1"):
         server_command(_options(folder), host, 8123)
     assert host in server_command(_options(folder), host, 8123, allow_public=True)
-    for private in ("127.0.0.1", "localhost", "::1"):
+    for private in ("127.0.0.1", "127.8.0.1", "localhost", "::1"):
         server_command(_options(folder), private, 8123)
 
 
@@ -148,16 +148,35 @@ def test_versions():
             check_vllm(version)
 
 
-def test_a_server_that_does_not_start_says_why(vllm, folder, tmp_path):
-    """With a vllm of one file that is found first: the real one takes 12 s to refuse."""
+@pytest.fixture
+def fake_vllm(vllm, folder, tmp_path):
+    """Options of a server that is one line of Python, found before the real vllm, which takes 12 s to refuse anything."""
     fake = tmp_path / "vllm" / "entrypoints" / "openai"
     fake.mkdir(parents=True)
-    (fake / "api_server.py").write_text("raise SystemExit('error: no room for the cache')")
-    options = _options(folder, log=str(tmp_path / "logs" / "engine.log"), extra_env={"PYTHONPATH": str(tmp_path)})
     for package in (tmp_path / "vllm", fake.parent, fake):
         (package / "__init__.py").touch()
+
+    def options(line):
+        (fake / "api_server.py").write_text(line)
+        return _options(folder, log=str(tmp_path / "logs" / "engine.log"), extra_env={"PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"})
+
+    return options
+
+
+def test_a_server_that_does_not_start_says_why(fake_vllm):
     with pytest.raises(EngineLostError, match=r"(?s)ended with exit code 1 after .* s; the end of .*engine.log:.*error: no room for the cache"):
-        start_server(options)
+        start_server(fake_vllm("raise SystemExit('error: no room for the cache')"))
+
+
+def test_a_restart_keeps_what_the_death_left_in_the_log(fake_vllm, tmp_path):
+    """An error at a start shows the lines of that start only: those of the death before it would explain the wrong thing."""
+    for line, shown in (("raise SystemExit('error: first death')", "first death"), ("raise SystemExit('error: second')", "second"), ("raise SystemExit(1)", "")):
+        with pytest.raises(EngineLostError, match="ended with exit code 1") as caught:
+            start_server(fake_vllm(line))
+        words = str(caught.value)
+        assert [word for word in ("first death", "second") if word in words] == [word for word in (shown,) if word]
+    log = (tmp_path / "logs" / "engine.log").read_text()
+    assert log.index("first death") < log.index("second") and log.count("==== vLLM is started") == 3
 
 
 def test_a_server_that_takes_too_long_is_ended(vllm, folder, tmp_path):

@@ -15,7 +15,10 @@ PROMPT = Prompt(token_ids=(5, 6, 7), text="?", reference="#### 1", source="x.jso
 
 
 def group(*results: RewardResult) -> Group:
-    completions = [Completion((8, 9)[: 1 + i % 2], (-0.5, -0.25)[: 1 + i % 2], 3, "stop") for i in range(len(results))]
+    completions = [
+        Completion(token_ids=(8, 9)[:length], logprobs=(-0.5, -0.25)[:length], finish_reason="stop", weight_version=3)
+        for length in (1 + i % 2 for i in range(len(results)))
+    ]
     advantages = [1.0 - i for i in range(len(results))]
     return Group(PROMPT, completions, [""] * len(results), results, [r.reward for r in results], advantages)
 

@@ -1,39 +1,22 @@
-"""The command `megatron-plugin`, and what torchrun starts:
+"""The commands: what each takes from the command line, and the function of the package that it is.
 
-    torchrun --nproc-per-node 4 -m megatron_plugin.cli train configs/dft.yaml parallel.tensor=2 data.train=x.jsonl
-
-Nothing heavy is imported before the arguments and the configuration are known to be right.  Exit codes: 0 done, 2 configuration, 3 no
-usable checkpoint, 4 data, 5 no rollouts (engines or rewards failed for good), 17 loss or gradient not a number, 1 anything else.  An exception with an
-attribute `exit_code` is the person's to mend: one message, no traceback.  (torchrun itself exits with 1 whatever its ranks exit with, and
-prints theirs.)
+Nothing heavy is imported here before the arguments are known to be right: every command imports what it runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import signal
 import sys
-import time
-import traceback
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from megatron_plugin import __version__  # no torch behind it
 
-__all__ = ["main"]
+__all__ = ["UsageError", "parser"]
 
 USAGE_ERROR = 2
-# Seconds a rank waits before it speaks about an error that every rank is likely to have met.  torchrun ends it meanwhile, because rank 0
-# has spoken and exited; if not, the error is this rank's alone, or this is another node.  With the 30 s torchrun gives the ranks it ends,
-# that stays below a minute.
-WAIT_LOCAL_ZERO, WAIT_OTHERS = 5.0, 10.0
-WAIT_LOST_PEER = 3.0
-# What gloo, NCCL and the store say when another rank is gone: consequences, whose cause may be about to be reported.
-LOST_PEER = ("closed by peer", "reset by peer", "Broken pipe", "NCCL", "DistBackendError", "DistNetworkError", "gloo/")
 
 
 class UsageError(Exception):
@@ -46,30 +29,22 @@ class Parser(argparse.ArgumentParser):
     """argparse that raises, so that a usage error under torchrun is printed by one rank like every other."""
 
     def error(self, message: str) -> NoReturn:
-        hint = "; overrides are written key=value without dashes, such as train.steps=20" if "unrecognized arguments: -" in message else ""
+        _, stray, rest = message.partition("unrecognized arguments: ")
+        hint = "; overrides are written key=value without dashes, such as train.steps=20" if rest.startswith("-") else ""
+        if stray and "=" in rest and not hint:  # argparse takes all positional arguments in one go
+            hint = "; overrides stand together, before or behind all options"
         raise UsageError(f"{message}{hint}\n{self.format_usage().rstrip()}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code; a SystemExit of the command itself goes through."""
-    try:
-        arguments = _parser().parse_args(argv)
-        arguments.run(arguments)
-        return 0
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        return _leave(_exit_code(error), error)
-
-
-def _parser() -> Parser:
-    parser = Parser(
+def parser() -> Parser:
+    """The command line; the parsed arguments have the function to call with them as `run`."""
+    whole = Parser(
         prog="megatron-plugin",
         description="Fine-tune with weighted on-policy-SFT losses on megatron-core.",
         epilog="exit codes: 0 done, 2 configuration, 3 no usable checkpoint, 4 data, 5 no rollouts, 17 loss or gradient not a number, 1 anything else",
     )
-    parser.add_argument("--version", action="version", version=f"megatron-plugin {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+    whole.add_argument("--version", action="version", version=f"megatron-plugin {__version__}")
+    commands = whole.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
 
     text = "Fine-tune as a configuration says.  With more than one rank: torchrun --nproc-per-node N -m megatron_plugin.cli train ..."
     train = commands.add_parser("train", help="fine-tune as a configuration says", description=text)
@@ -77,6 +52,7 @@ def _parser() -> Parser:
     train.set_defaults(run=_train)
 
     _add_conversions(commands)
+    _add_score(commands)
     _add_serve(commands)
     config = commands.add_parser("config", help="look at a configuration", description="Look at a configuration.")
     actions = config.add_subparsers(title="actions", metavar="ACTION", required=True, parser_class=Parser)
@@ -87,7 +63,7 @@ def _parser() -> Parser:
 
     text = "Say what is installed, what of it is used and what is broken; exit code 2 if something is."
     commands.add_parser("doctor", help="what is installed, used and broken here", description=text).set_defaults(run=_doctor)
-    return parser
+    return whole
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +88,27 @@ def _add_conversions(commands) -> None:
     give.add_argument("--like", metavar="HF_DIR", help="whose config.json to write; default: that of the model imported at first, if there was one")
     give.add_argument("--dtype", choices=("fp32", "bf16"), help="of the tensors; default: the run's")
     give.set_defaults(run=_export)
+
+
+def _add_score(commands) -> None:
+    text = ("Say how on-distribution a data set is for a model: log p, entropy and their sum (cll) of every sample, a histogram, a one-page report "
+            "and the worst samples.  A second start goes on where the first one ended.  With more ranks: torchrun ... -m megatron_plugin.cli score ...")  # fmt: skip
+    score = commands.add_parser("score", help="how on-distribution a data set is for a model", description=text)
+    score.add_argument("data", metavar="DATA", help="jsonl, as for training")
+    score.add_argument("model", metavar="RUN_OR_CHECKPOINT", help="a run directory, or one of its checkpoints/step_*; with --url the served HF directory")
+    score.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="parallel.tensor=2, ...: the layout; data.seq_length=N: longer samples are cut")
+    score.add_argument("--out", metavar="DIR", help="for scores.jsonl, report.md and cll.png; default: scores/<name of DATA>")
+    score.add_argument("--samples", type=_count, default=0, metavar="N", help="only the first N lines; default: all")
+    score.add_argument("--worst", type=_count, default=20, metavar="N", help="samples shown in the report (%(default)s)")
+    score.add_argument("--rows", type=_count, default=8, metavar="N", help="rows of one forward pass and rank (%(default)s)")
+    score.add_argument("--url", default="", help="score with this vLLM server (vllm serve HF_DIR) instead: log p only, no entropy")
+    score.set_defaults(run=_score)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number above 0")
+    return int(text)
 
 
 def _add_serve(commands) -> None:
@@ -172,6 +169,25 @@ def _export(arguments: argparse.Namespace) -> None:
     export_model(arguments.source, arguments.target, arguments.overrides, like=arguments.like, dtype=arguments.dtype, world_size=world_size)
 
 
+def _score(arguments: argparse.Namespace) -> None:
+    if arguments.url and arguments.overrides:
+        raise UsageError(f"got {arguments.overrides[0]!r} beside --url, expected no overrides: the server decides how the model runs")
+    data = Path(arguments.data)
+    if not data.is_file():
+        from megatron_plugin.config import DataPathError
+
+        raise DataPathError(f"got {arguments.data!r}, expected a jsonl file that exists, relative to {Path.cwd()}")
+    _before_megatron()
+    from megatron_plugin.trainer.scoring import Task, score_with_checkpoint, score_with_engine
+
+    out = Path(arguments.out or f"scores/{data.stem}")
+    task = Task(data, out, samples=arguments.samples, worst=arguments.worst, rows=arguments.rows, url=arguments.url)
+    if arguments.url:
+        score_with_engine(task, arguments.model)
+    else:
+        score_with_checkpoint(task, arguments.model, arguments.overrides, world_size=_int_variable("WORLD_SIZE", 1))
+
+
 def _serve(arguments: argparse.Namespace) -> None:
     from megatron_plugin.rollout.serve import serve
 
@@ -199,63 +215,3 @@ def _int_variable(name: str, default: int) -> int:
     if not value.isdecimal():
         raise UsageError(f"environment variable {name}: got {value!r}, expected a whole number (torchrun sets it)")
     return int(value)
-
-
-def _exit_code(error: Exception) -> int | None:
-    """The code an error asks for; None for one that is not the person's to mend."""
-    code = getattr(error, "exit_code", None)
-    return code if isinstance(code, int) else None
-
-
-def _leave(code: int | None, error: Exception) -> int:
-    """Says what happened, once per job, and returns the exit code (under torchrun: ends the process with it)."""
-    expected = code is not None
-    code = 1 if code is None else code
-    text = f"megatron-plugin: error: {error}" if expected else "".join(traceback.format_exception(error)).rstrip()
-    if "RANK" not in os.environ:
-        print(text, file=sys.stderr)
-        return code
-    # A handler of the trainer (preemption) must not keep alive a rank that is only waiting to be ended.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    rank = os.environ["RANK"]
-    first = _is_first(expected, error)
-    if first:
-        print(text if expected and rank == "0" else f"rank {rank}: {text}", file=sys.stderr, flush=True)
-        _tell_torchrun(text)
-    elif not expected:
-        print(f"rank {rank}: failed after another rank, with {type(error).__name__}", file=sys.stderr, flush=True)
-        # Had we exited before the first rank, torchrun might name us as the root cause.  It ends us as soon as that one has exited.
-        time.sleep(WAIT_OTHERS)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # not sys.exit: leaving a process group whose other members hang can hang too, in its destructor
-
-
-def _is_first(expected: bool, error: Exception) -> bool:
-    """Whether this rank is the one that speaks; waits where another is likelier to know more."""
-    if expected and os.environ["RANK"] != "0":
-        time.sleep(WAIT_LOCAL_ZERO if os.environ.get("LOCAL_RANK") == "0" else WAIT_OTHERS)
-    elif not expected and any(sign in f"{type(error).__name__}: {error}" for sign in LOST_PEER):
-        time.sleep(WAIT_LOST_PEER)
-    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    return not own or not any(path != Path(own) for path in Path(own).parent.parent.glob("*/error.json"))
-
-
-def _tell_torchrun(text: str) -> None:
-    """torchrun prints the earliest of these files as "Root Cause" when it ends: the first traceback is also the last thing on the terminal.
-
-    The format of torch.distributed.elastic.multiprocessing.errors.ErrorHandler, written here because importing torch takes seconds."""
-    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if not own:
-        return
-    message = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
-    try:
-        temporary = Path(f"{own}.tmp")
-        temporary.write_text(json.dumps({"message": message}))
-        temporary.replace(own)  # complete or not there: a torn file makes torchrun itself fail
-    except OSError as error:
-        print(f"cannot write {own}: {error.strerror}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,100 @@
+"""The command `megatron-plugin`, and what torchrun starts:
+
+    torchrun --nproc-per-node 4 -m megatron_plugin.cli train configs/dft.yaml parallel.tensor=2 data.train=x.jsonl
+
+Nothing heavy is imported before the arguments and the configuration are known to be right.  Exit codes: 0 done, 2 configuration, 3 no
+usable checkpoint, 4 data, 5 no rollouts (engines or rewards failed for good), 17 loss or gradient not a number, 1 anything else.  An exception with an
+attribute `exit_code` is the person's to mend: one message, no traceback.  (torchrun itself exits with 1 whatever its ranks exit with, and
+prints theirs.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_plugin.cli.commands import parser
+
+__all__ = ["main"]
+
+# Seconds a rank waits before it speaks about an error that every rank is likely to have met.  torchrun ends it meanwhile, because rank 0
+# has spoken and exited; if not, the error is this rank's alone, or this is another node.  With the 30 s torchrun gives the ranks it ends,
+# that stays below a minute.
+WAIT_LOCAL_ZERO, WAIT_OTHERS = 5.0, 10.0
+WAIT_LOST_PEER = 3.0
+# What gloo, NCCL and the store say when another rank is gone: consequences, whose cause may be about to be reported.
+LOST_PEER = ("closed by peer", "reset by peer", "Broken pipe", "NCCL", "DistBackendError", "DistNetworkError", "gloo/")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; a SystemExit of the command itself goes through."""
+    try:
+        arguments = parser().parse_args(argv)
+        arguments.run(arguments)
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        return _leave(_exit_code(error), error)
+
+
+def _exit_code(error: Exception) -> int | None:
+    """The code an error asks for; None for one that is not the person's to mend."""
+    code = getattr(error, "exit_code", None)
+    return code if isinstance(code, int) else None
+
+
+def _leave(code: int | None, error: Exception) -> int:
+    """Says what happened, once per job, and returns the exit code (under torchrun: ends the process with it)."""
+    expected = code is not None
+    code = 1 if code is None else code
+    text = f"megatron-plugin: error: {error}" if expected else "".join(traceback.format_exception(error)).rstrip()
+    if "RANK" not in os.environ:
+        print(text, file=sys.stderr)
+        return code
+    # A handler of the trainer (preemption) must not keep alive a rank that is only waiting to be ended.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    rank = os.environ["RANK"]
+    first = _is_first(expected, error)
+    if first:
+        print(text if expected and rank == "0" else f"rank {rank}: {text}", file=sys.stderr, flush=True)
+        _tell_torchrun(text)
+    elif not expected:
+        print(f"rank {rank}: failed after another rank, with {type(error).__name__}", file=sys.stderr, flush=True)
+        # Had we exited before the first rank, torchrun might name us as the root cause.  It ends us as soon as that one has exited.
+        time.sleep(WAIT_OTHERS)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # not sys.exit: leaving a process group whose other members hang can hang too, in its destructor
+
+
+def _is_first(expected: bool, error: Exception) -> bool:
+    """Whether this rank is the one that speaks; waits where another is likelier to know more."""
+    if expected and os.environ["RANK"] != "0":
+        time.sleep(WAIT_LOCAL_ZERO if os.environ.get("LOCAL_RANK") == "0" else WAIT_OTHERS)
+    elif not expected and any(sign in f"{type(error).__name__}: {error}" for sign in LOST_PEER):
+        time.sleep(WAIT_LOST_PEER)
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return not own or not any(path != Path(own) for path in Path(own).parent.parent.glob("*/error.json"))
+
+
+def _tell_torchrun(text: str) -> None:
+    """torchrun prints the earliest of these files as "Root Cause" when it ends: the first traceback is also the last thing on the terminal.
+
+    The format of torch.distributed.elastic.multiprocessing.errors.ErrorHandler, written here because importing torch takes seconds."""
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not own:
+        return
+    message = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
+    try:
+        temporary = Path(f"{own}.tmp")
+        temporary.write_text(json.dumps({"message": message}))
+        temporary.replace(own)  # complete or not there: a torn file makes torchrun itself fail
+    except OSError as error:
+        print(f"cannot write {own}: {error.strerror}", file=sys.stderr)

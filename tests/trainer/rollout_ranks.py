@@ -1,0 +1,357 @@
+"""What the rank processes of test_rollouts.py, test_judge.py, test_scorer.py and test_onpolicy_steps.py run: the on-policy trainer as it is, with a
+small model, over engines in memory.  Puts fakes in the place of the two functions that give `Engines` its engines, and of single methods that shall fail."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+import torch
+
+from megatron_plugin.config import load_config
+from megatron_plugin.data import IGNORE_INDEX, Conversation, Sample
+from megatron_plugin.rollout.engine import EngineError
+from megatron_plugin.rollout.log import read_rollouts
+from megatron_plugin.rollout.rewards import RewardResult
+from megatron_plugin.rollout.transports.shm import SharedMemory
+from megatron_plugin.trainer import engines as engines_module
+from megatron_plugin.trainer.judge import Judge, Judged
+from megatron_plugin.trainer.leaders import Leaders
+from megatron_plugin.trainer.mixed import mix, score
+from megatron_plugin.trainer.onpolicy import OnPolicy
+from megatron_plugin.trainer.run import Run, start
+from megatron_plugin.trainer.scorer import Scorer
+from megatron_plugin.trainer.sources import is_expert
+from megatron_plugin.trainer.world import world
+from tests.rollout.fake_engine import FakeEngine
+
+SMALL = {
+    "model.num_layers": 1, "model.hidden_size": 32, "model.num_attention_heads": 1, "model.ffn_hidden_size": 64, "model.gated_linear_unit": "true",
+    "model.activation_func": "silu", "model.share_embeddings_and_output_weights": "false", "data.bpe_vocab_size": 300, "data.seq_length": 64,
+    "train.micro_batch": 4, "train.lr": 1e-2, "train.warmup_steps": 0, "checkpoint.interval": 0, "loss.name": "grpo", "rollout.prompts": 4,
+    "rollout.n": 2, "rollout.max_tokens": 16, "rollout.eval_n": 0, "rollout.timeout_s": 3, "rollout.start_timeout_s": 5, "rollout.max_restarts": 1,
+    "rollout.reward_timeout_s": 1,
+}  # fmt: skip
+SERVERS = {"rollout.engine": "server", "rollout.transfer": "shm"}
+
+
+class Sampler(FakeEngine):
+    """Answers "What is 7?" with "#### 7" or a wrong number, one of `right(7, index)`.  What went wrong may be keyed by the question's number, "q7".
+
+    Says no while it sleeps, as VLLMEngine does.  An update while it samples is a fault of the trainer's: AssertionError."""
+
+    backend, newest_version = SharedMemory.backend, -1
+
+    def __init__(self, name: str, run: Run, *, right: Callable[[int, int], bool], **options):
+        super().__init__(name, version=None, **options)
+        self.run, self.right, self.asleep = run, right, False
+        self.sent: dict[int, int] = {}
+        """Version -> optimizer steps behind its weights."""
+
+    def generate(self, prompt_ids, params, *, timeout_s):
+        if self.asleep:
+            raise EngineError(f"{self.name}: asleep: call wake() first")
+        return super().generate(prompt_ids, params, timeout_s=timeout_s)
+
+    def _answer(self, fault, prompt_ids, params):
+        number = int(re.search(r"What is (\d+)", self.run.data.tokenizer.decode(prompt_ids))[1])
+        fault = fault or self.faults.get(f"q{number}")
+        if fault == "die":
+            self.release.wait(0.15)  # when the others of the batch have their answers
+        completions = super()._answer(fault, prompt_ids, params)
+        if fault:
+            return completions
+        texts = [f"#### {number if self.right(number, index) else number + 1}" for index in range(len(completions))]
+        tokens = [(*self.run.data.tokenizer.encode(text), self.run.data.tokenizer.eos_token_id) for text in texts]
+        return [replace(c, token_ids=ids, logprobs=(-1.5,) * len(ids)) for c, ids in zip(completions, tokens, strict=True)]
+
+    def begin_update(self, version):
+        assert not self.in_flight, f"{self.name}: an update while {self.in_flight} requests run"
+        super().begin_update(version)
+
+    def finish_update(self):
+        super().finish_update()
+        self.sent[self.weight_version] = self.run.step
+
+    def abort_update(self):
+        self.said.append("abort")
+
+    def sleep(self, level=1):
+        super().sleep(level)
+        self.asleep = True
+
+    def wake(self):
+        super().wake()
+        self.asleep = False
+
+
+def write_questions(folder: Path, name: str, count: int, *, long: int | None = None, long_answer: int | None = None) -> Path:
+    """name.jsonl with "What is 0?" ... in `folder`; question number `long` leaves no room for an answer, answer number `long_answer` fills more than a row."""
+    lines = [
+        {"question": f"What is {i}?" + " Think well." * (20 * (i == long)), "answer": "so " * (120 * (i == long_answer)) + f"#### {i}"} for i in range(count)
+    ]
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def config_of(group, overrides: dict):
+    return load_config("configs/debug_cpu.yaml", [f"{key}={value}" for key, value in {**SMALL, **overrides}.items()], world_size=group.size())
+
+
+@contextlib.contextmanager
+def on_policy(group, overrides: dict, *, right: Callable[[int, int], bool] = lambda number, index: index == 0, faults=None, **options) -> Iterator[OnPolicy]:
+    """faults: by the engine's name, that of its url, or fake0, fake1 by rank."""
+    config, made = config_of(group, overrides), []
+
+    def engine(name: str) -> Sampler:
+        made.append(Sampler(name, run, right=right, faults=(faults or {}).get(name), **options))
+        return made[-1]
+
+    with (
+        contextlib.redirect_stdout(io.StringIO()), world(config),
+        patch.object(engines_module, "start_engine", lambda options: engine(f"fake{group.rank()}")),
+        patch.object(engines_module, "connect_engine", lambda url, expected, **_: engine(url)),
+    ):  # fmt: skip
+        run = start(config)
+        source = OnPolicy(run)
+        source.fakes = made
+        try:
+            yield source
+        finally:
+            for fake in made:
+                fake.release.set()
+            source.close()
+
+
+def _outcome(act: Callable[[], object]) -> tuple[str, str, float]:
+    """(type, message and exit code of what `act` raises, "" without; seconds)."""
+    begin = time.monotonic()
+    try:
+        act()
+    except Exception as error:
+        return type(error).__name__, f"{error} (exit {getattr(error, 'exit_code', 1)})", time.monotonic() - begin
+    return "", "", time.monotonic() - begin
+
+
+@contextlib.contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """What is logged inside."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("megatron_plugin")
+    logger.addHandler(handler)
+    yield said
+    logger.removeHandler(handler)
+
+
+def _lines(source: OnPolicy) -> list[dict]:
+    return list(read_rollouts(source.rollouts.log.path))
+
+
+# -- test_rollouts.py -------------------------------------------------------------------------------------------------------------------------------
+
+
+def sleeps(group, *, overrides: dict) -> dict:
+    """An evaluation and a rollout batch at the same step, the engines asleep in between."""
+    with on_policy(group, overrides) as source:
+        source.rollouts.engines.sleeps = True  # which a CPU has not
+        evaluated = source.rollouts.evaluate()
+        groups, metrics = source.rollouts.batch()
+        found = {"evaluated": evaluated, "metrics": metrics, "answers": [len(g.completions) for g in groups], "words": list(source.fakes[0].said)}
+        words = [word for word in found["words"] if isinstance(word, str)]
+        return found | {"words": words, "sent": source.fakes[0].sent}
+
+
+def ahead(group, *, overrides: dict, faults: dict, steps: int, evaluates_at: int = -1) -> list[dict]:
+    """Batches with max_staleness=1 while engines die: of each the prompts in order, the versions of each group, the metrics, and the position's prompts."""
+    with on_policy(group, overrides, faults=faults, delay_s=0.05) as source:
+        rollouts, found = source.rollouts, []
+        for step in range(steps):
+            source.run.step = step
+            groups, metrics = rollouts.batch()
+            sent = {version: at for fake in source.fakes for version, at in fake.sent.items()}
+            behind = [step - sent[c.weight_version] for g in groups for c in g.completions]
+            found.append({
+                "sources": [g.prompt.source for g in groups], "versions": [{c.weight_version for c in g.completions} for g in groups],
+                "metrics": metrics, "behind": sum(behind) / len(behind), "position": rollouts.position()["consumed"],
+                "restarts": [fake.restarts for fake in source.fakes],
+            })  # fmt: skip
+            if step == evaluates_at:
+                source.run.step += 1
+                rollouts.evaluate()  # new weights while the next batch is sampled
+        return found
+
+
+def refuses(group, *, overrides: dict, numbers: list[int]) -> dict:
+    """A batch of which the engine refuses some prompts."""
+    faults = {f"fake{rank}": {f"q{number}": "refuse" for number in numbers} for rank in range(2)}
+    with on_policy(group, overrides, faults=faults) as source, _warnings() as said:
+        groups, metrics = source.rollouts.batch()
+        return {"sources": [g.prompt.source for g in groups], "metrics": metrics, "said": said}
+
+
+def _broken(name: str, source: OnPolicy, error: Exception):
+    """The method that fails, for as long as the context lasts."""
+    rollouts = source.rollouts
+    owner, method = {"judge": (rollouts.judge, "judge"), "log": (rollouts.log, "add"), "sleep": (rollouts.engines.fleet, "sleep")}.get(
+        name, (rollouts.engines.transport, name)
+    )
+
+    def fail(*_, **__):
+        raise error
+
+    return patch.object(owner, method, fail)
+
+
+def one_leader_fails(group, *, overrides: dict, cases: list[str]) -> dict:
+    """What each rank is told where the second leader's judge, log, sleep or transport fails; then a batch as if nothing had been."""
+    with on_policy(group, overrides) as source:
+        rollouts, found = source.rollouts, {}
+        rollouts.engines.sync.bucket_bytes = 2048  # several buckets
+        for name in cases:
+            sends = name not in ("judge", "log", "sleep")
+            rollouts.engines.sleeps = name == "sleep"
+            source.run.step += sends  # so that there is something to send
+            error = OSError(28, f"no space left for {name}")
+            with _broken(name, source, error) if group.rank() == 1 else contextlib.nullcontext():
+                found[name] = _outcome((lambda: rollouts.engines.refresh(source.run.step)) if sends else rollouts.batch)
+        rollouts.engines.sleeps = False
+        groups, metrics = rollouts.batch()
+        return found | {"after": ([len(g.completions) for g in groups], metrics["rollout/samples"], sorted(source.fakes[0].sent.values())[-1])}
+
+
+# -- test_judge.py ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def mean_of_leaders(group, *, rewards: list[list[float]], unanswered: int) -> tuple[float, float]:
+    """(rollout/reward_mean, mean_reward with `unanswered` more) where each rank is a leader and has one group of these rewards."""
+    config = config_of(group, {"rollout.engines": group.size(), "rollout.prompts": group.size()})
+    with world(config):
+        run = SimpleNamespace(config=config, data=SimpleNamespace(tokenizer=None), loss=SimpleNamespace(params={}))
+        judge = Judge(run, Leaders(group.size(), timeout_s=20))
+        mine = rewards[group.rank()]
+        completion = SimpleNamespace(token_ids=(1,), finish_reason="stop")
+        results = [RewardResult(reward, "scored") for reward in mine]
+        prompt = SimpleNamespace(source="x:1")
+        judged = {group.rank(): [Judged(prompt, [completion] * len(mine), [""] * len(mine), results, mine)]}
+        return judge._metrics(judged)["rollout/reward_mean"], judge.mean_reward(judged, unanswered)
+
+
+def dynamic_sampling(group, *, overrides: dict, teaching: list[int]) -> dict:
+    """A batch of groups that teach nothing but those of the questions `teaching`; the lines of rollouts.jsonl."""
+    with on_policy(group, overrides, right=lambda number, index: index == 0 and number in teaching) as source:
+        groups, metrics = source.rollouts.batch()
+        found = {"sources": [g.prompt.source for g in groups], "zero": [not any(g.advantages) for g in groups], "metrics": metrics}
+        lines = _lines(source)
+        return found | {"lines": [(line["source"], line["advantage"]) for line in lines], "position": source.rollouts.position()["consumed"]}
+
+
+def demonstrated(group, *, overrides: dict) -> tuple[list[str], list[str]]:
+    """Sources of (prompts, demonstrations) of an srft run."""
+    config = config_of(group, overrides)
+    with contextlib.redirect_stdout(io.StringIO()), world(config):
+        data = start(config).data
+        return [p.source for p in data.prompts.prompts], [s.source for s in data.train.samples]
+
+
+# -- test_scorer.py ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def _rollout(tokens: list[int], advantage: float, number: int) -> Sample:
+    tokens_T = torch.tensor(tokens)
+    labels_T = torch.where(torch.arange(len(tokens)) >= 2, tokens_T, IGNORE_INDEX)
+    live = (labels_T != IGNORE_INDEX).float()
+    columns = {"expert": torch.zeros(len(tokens)), "advantage": advantage * live, "rollout_logp": torch.zeros(len(tokens))}
+    return Sample(tokens_T, labels_T, live, f"rollout:{number}", columns)
+
+
+def corrected(group, *, overrides: dict, log_ratios: list[list[float]], advantages: list[list[float]]) -> tuple[list[float], float]:
+    """(weights of this rank's completions, corrected_frac): completions of four trained tokens whose summed log p_old - log p_rollout is `log_ratios`, and
+    a demonstration."""
+    config = config_of(group, overrides)
+    with contextlib.redirect_stdout(io.StringIO()), world(config):
+        run = start(config)
+        rank = group.rank()
+        samples = [_rollout([5 + i, 6, 7, 8, 9, 10], a, i) for i, a in enumerate(advantages[rank])]
+        logps = [found.logp_T for found in score(config, run.chunks, run.handle, mix(config, samples))]
+        for i, (sample, logp_T, log_ratio) in enumerate(zip(samples, logps, log_ratios[rank], strict=True)):
+            rolled_T = torch.where(sample.labels_T != IGNORE_INDEX, logp_T - log_ratio / 4, 0.0)
+            samples[i] = replace(sample, columns={**sample.columns, "rollout_logp": rolled_T})
+        expert = replace(_rollout([5, 6, 7, 8], 0.0, 9), columns={"expert": torch.ones(4), "advantage": torch.zeros(4)}, weight_T=torch.full((4,), 2.0))
+        scorer = Scorer(run)
+        part, = scorer.score([mix(config, [*samples, expert])], several=False)
+        weights = [sample.weight_T[sample.labels_T != IGNORE_INDEX].unique().tolist() for sample in part.samples]
+        assert all(len(w) == 1 for w in weights), "one weight for a whole sequence"
+        return [w for w, in weights], scorer.metrics["rollout/corrected_frac"]
+
+
+def columns_of_a_batch(group, *, overrides: dict, updates: list[int]) -> dict:
+    """By rollout.updates: the columns of each part, and how far old_logp is from the log-probabilities before the first step."""
+    found = {}
+    for several in updates:
+        with on_policy(group, overrides | {"rollout.updates": several, "run_dir": f"{overrides['run_dir']}{several}"}) as source:
+            parts = source._batch(with_rollouts=True)
+            before = [[x.logp_T for x in score(source.run.config, source.run.chunks, source.run.handle, part)] for part in parts]
+            source.pending = parts
+            source.step()
+            columns = [part.rows.columns for part in parts]
+            apart = [
+                float((sample.columns["old_logp"] - logp_T).abs().max())
+                for part, logps in zip(parts, before, strict=True) for sample, logp_T in zip(part.samples, logps, strict=True) if "old_logp" in sample.columns
+            ]  # fmt: skip
+            found[several] = columns, apart
+    return found
+
+
+def reference(group, *, overrides: dict) -> dict:
+    """Two steps with a reference; of the second batch ref_logp against log-probabilities at the start, and against those now."""
+    with on_policy(group, overrides) as source:
+        run = source.run
+        first = {name: p.detach().clone() for name, p in run.chunks[0].module.named_parameters()}
+        source.step()
+        part, = source._batch(with_rollouts=True)
+        now = [x.logp_T for x in score(run.config, run.chunks, run.handle, part)]
+        with torch.no_grad():
+            for name, p in run.chunks[0].module.named_parameters():
+                p.copy_(first[name])
+        start_ = [x.logp_T for x in score(run.config, run.chunks, run.handle, part)]
+        columns = [sample.columns["ref_logp"] for sample in part.samples]
+        return {name: max(float((a - b).abs().max()) for a, b in zip(columns, other, strict=True)) for name, other in (("start", start_), ("now", now))}
+
+
+# -- test_onpolicy_steps.py -------------------------------------------------------------------------------------------------------------------------
+
+
+def steps(group, *, overrides: dict, count: int, right: str = "first", faults: dict | None = None) -> dict:
+    """`count` steps: of each the means, or what it raised; the experts and rollouts among the samples that were pending; the prompts engines were asked."""
+    with on_policy(group, overrides, right=lambda number, index: index == 0, faults=faults) as source:
+        found: dict = {"means": [], "raised": [], "pending": []}
+        for _ in range(count):
+            if not source.pending:
+                source.pending = source._batch(with_rollouts=bool(source.sources(source.run.step)[1].share))
+                found["pending"] += [[is_expert(sample) for sample in part.samples] for part in source.pending]
+            outcome = _outcome(lambda: found["means"].append(source.step()))
+            found["raised"].append(outcome[:2])
+        return found | {"asked": sum(len(fake.prompts) for fake in source.fakes), "prompts": source.position()["prompts"]["consumed"]}
+
+
+def evaluated(group, *, overrides: dict, refused: list[int]) -> dict:
+    """An evaluation where every answer that comes is right."""
+    faults = {f"fake{rank}": {f"q{number}": "refuse" for number in refused} for rank in range(2)}
+    with on_policy(group, overrides, right=lambda number, index: True, faults=faults) as source:
+        return source.evaluate(last=False)
+
+
+def sources_of(conversations: list[Conversation]) -> list[str]:
+    return [conversation.source for conversation in conversations]

@@ -131,6 +131,17 @@ def spread(values: list[float], samples: int) -> tuple[float, float]:
     return mean, statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.sqrt(mean * (1 - mean) / samples)
 
 
+def evaluated(lines: list[dict[str, float]], name: str) -> list[float]:
+    """The values of an evaluation in the order of steps."""
+    return [line[name] for line in lines if line.get(name) is not None]
+
+
+def rise(first: list[float], last: list[float]) -> str:
+    """last - first over seeds, each seed with itself: it rises where that exceeds three standard errors."""
+    mean, error = spread([b - a for a, b in zip(first, last, strict=True)], HELD_OUT)
+    return f"{mean:+.3f} ± {error:.3f} {'rises' if mean > 3 * error else 'no rise'}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run_dir", nargs="?", default="runs/demo-onpolicy", type=Path)
@@ -143,12 +154,11 @@ def main() -> None:
     for heading in ("", *(name.removeprefix("eval/").replace("_reward_", ", ") for name in REWARDS)):
         table.add_column(heading, justify="right" if heading else "left")
     for arm in arms:
-        for label, line in ((f"{arm}, start", 0), (arm, -1)):
-            cells = []
-            for name in REWARDS:
-                evaluated = [[x for x in results[arm] if x.get(name) is not None][line][name] for results in found]
-                cells.append("{:.3f} ± {:.3f}".format(*spread(evaluated, HELD_OUT)))
-            table.add_row(label, *cells)
+        ends = [[[evaluated(results[arm], name)[place] for results in found] for name in REWARDS] for place in (0, -1)]
+        for label, values in zip((f"{arm}, start", arm), ends, strict=True):
+            table.add_row(label, *("{:.3f} ± {:.3f}".format(*spread(over_seeds, HELD_OUT)) for over_seeds in values))
+        if arguments.seeds > 2:
+            table.add_row(f"{arm}, change", *map(rise, *ends))
     Console(width=140).print(table)
     print(f"curves: {root}{'/seed*' if arguments.seeds > 1 else ''}/curves.png   each run: metrics.jsonl rollouts.jsonl in its own directory")
 

@@ -1,0 +1,145 @@
+"""Hinted decoding: pairs drawn together by a real vLLM against one pair at a time by Hugging Face, each stream with its key-value cache.
+
+    python -m benchmarks.hinted_decoding                    # 5 M and 100 M parameters, fp32
+    python -m benchmarks.hinted_decoding --sizes 5M --rounds 3
+
+Tokens per second of answers (each is drawn once and appended to both streams), medians of rounds in which the two take turns on the same machine with one
+thread each.  Before anything is timed, what vLLM says of its tokens is compared with Hugging Face's forward of both streams: pairs that are not mixed would
+be fast, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks._machine import describe
+from megatron_plugin.data import train_tokenizer
+from megatron_plugin.rollout.hinted.decode import HintedDecoder, HintedPrompt
+from megatron_plugin.rollout.hinted.engine import start_pair_engine
+from megatron_plugin.rollout.hinted.lockstep import decode_in_lockstep, mixed_distributions
+from megatron_plugin.rollout.hinted.options import HintedOptions
+from megatron_plugin.rollout.transfer import send_weights
+from megatron_plugin.rollout.transports.shm import SharedMemory
+from megatron_plugin.rollout.vllm_process import EngineOptions
+from megatron_plugin.rollout.vllm_versions import installed_vllm
+
+TARGET = 10.0  # times the tokens per second
+AGREE = (
+    1e-3  # nats, largest |vLLM's log-probability - Hugging Face's| of a drawn token, fp32, at temperature 0.3 (which multiplies it by 3.3)
+)
+SIZES = {"5M": (256, 4, 4096), "100M": (768, 12, 16384)}  # hidden, layers, vocabulary
+SHARP = 6.0
+PAIRS, PLAIN, HINTED = 32, 60, 200  # pairs; tokens of prompts
+
+
+def _model(folder: Path, size: str) -> LlamaForCausalLM:
+    hidden, layers, vocabulary = SIZES[size]
+    config = LlamaConfig(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, intermediate_size=8 * hidden // 3,
+        vocab_size=vocabulary, max_position_embeddings=1024, initializer_range=0.04, bos_token_id=None, eos_token_id=1, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        model.lm_head.weight *= SHARP  # a new model is unsure of everything, and its nuclei as wide as no trained one's
+    return model
+
+
+def _prompts(vocabulary: int, rounds: int) -> list[list[HintedPrompt]]:
+    """Fresh ones for each round: nothing is in the prefix cache."""
+    draw = torch.Generator().manual_seed(0)
+    made = []
+    for number in range(rounds):
+        streams = [torch.randint(10, vocabulary, (PAIRS, length), generator=draw).tolist() for length in (PLAIN, HINTED)]
+        made.append([HintedPrompt(f"{number}:{i}", plain, hint + plain) for i, (plain, hint) in enumerate(zip(*streams, strict=True))])
+    return made
+
+
+def _measure(size: str, tokens: int, rounds: int) -> dict:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = _model(folder, size)
+        vocabulary = model.config.vocab_size
+        tokenizer = train_tokenizer(["a text for a tokenizer"], folder / "tokenizer", vocab_size=270)
+        options = HintedOptions(vocab_size=vocabulary, end_ids=(vocabulary - 1,), max_tokens=tokens)  # the authors' defaults otherwise
+        engine = start_pair_engine(
+            EngineOptions(
+                model_dir=name, dtype="float32", max_model_len=1024, max_num_seqs=2 * PAIRS, kv_cache_bytes=3 << 30, log=f"{name}/log"
+            ),
+            folder / "tokenizer",
+        )
+        try:
+            send_weights([engine], model.state_dict().items(), version=1, transport=SharedMemory())
+            decoder = HintedDecoder(engine, options, tokenizer)
+            batches = _prompts(vocabulary, rounds + 1)
+            off = _warm_up(model, decoder, options, batches.pop())
+            rows = [_round(model, decoder, options, batch) for batch in batches]
+        finally:
+            engine.close()
+    together, alone = (statistics.median(row[kind] for row in rows) for kind in ("vllm", "alone"))
+    return dict(size=size, pairs=PAIRS, tokens=tokens, rounds=rows, vllm=together, alone=alone, times=together / alone, off_nats=off)
+
+
+def _warm_up(model, decoder: HintedDecoder, options: HintedOptions, prompts: list[HintedPrompt]) -> float:
+    """Worst disagreement, nats.  Ends the program where it is too large."""
+    run = decoder.run(prompts)
+    if len(run.samples) != PAIRS or run.counts["desynchronised"]:
+        raise SystemExit(f"expected {PAIRS} answers in step, got {run}: nothing was timed")
+    worst = 0.0
+    for prompt in prompts[:4]:
+        sample = run.samples[prompt.key]
+        truth = mixed_distributions(model, prompt.plain_ids, prompt.hinted_ids, sample.token_ids, options, decoder.tokenizer).log()
+        drawn = truth[range(len(sample.token_ids)), list(sample.token_ids)]
+        worst = max(worst, (drawn - torch.tensor(sample.logp)).abs().max().item())
+    if not worst < AGREE:
+        raise SystemExit(f"vLLM's log-probabilities are {worst:.3g} nats off: nothing was timed")
+    decode_in_lockstep(model, prompts[0].plain_ids, prompts[0].hinted_ids, options, decoder.tokenizer)
+    return worst
+
+
+def _round(model, decoder: HintedDecoder, options: HintedOptions, prompts: list[HintedPrompt]) -> dict[str, float]:
+    """Tokens per second: of one answer by Hugging Face, then of all of them by vLLM."""
+    begin = time.perf_counter()
+    answer = decode_in_lockstep(model, prompts[0].plain_ids, prompts[0].hinted_ids, options, decoder.tokenizer)
+    middle = time.perf_counter()
+    run = decoder.run(prompts)
+    end = time.perf_counter()
+    return {"alone": len(answer.token_ids) / (middle - begin), "vllm": run.tokens / (end - middle), "torn": run.torn}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--tokens", type=int, default=256, help="of each answer")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", help="JSON of all rounds and the machine")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    facts = describe("cpu") | {"vllm": installed_vllm()}
+    print(
+        f"{facts['cpu']}, {facts['cores']} cores, load {facts['load_before']}, vLLM {facts['vllm']}, torch {torch.__version__}, commit {facts['commit']}"
+    )
+    rows = []
+    for size in chosen.sizes:
+        rows.append(row := _measure(size, chosen.tokens, chosen.rounds))
+        for one in row["rounds"]:
+            print(
+                f"  {size}: one pair at a time {one['alone']:8.2f} tokens/s   {PAIRS} pairs in vLLM {one['vllm']:8.1f} tokens/s   out of step {len(one['torn'])}"
+            )
+        print(f"{size}, {row['tokens']} tokens, medians: {row['alone']:.2f} and {row['vllm']:.1f} tokens/s, {row['times']:.1f} times; target {TARGET:g} times "
+              f"{'met' if row['times'] >= TARGET else 'missed'}; worst disagreement {row['off_nats']:.2g} nats", flush=True)  # fmt: skip
+    if chosen.out:
+        Path(chosen.out).write_text(json.dumps({"machine": facts, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""Expert data realigned by a scripted model: which answers are kept, which are rejected and why, and that the trainer can read what comes out."""
+
+import json
+from dataclasses import dataclass, field
+
+import pytest
+
+from megatron_plugin.data import ConversationEncoder, DataError, parse_line, read_conversations, train_tokenizer
+from megatron_plugin.rollout.engine import Completion, EngineError, EngineLostError, Health, SamplingParams
+from megatron_plugin.rollout.hinted.decode import HintedRun, HintedSample
+from megatron_plugin.rollout.hinted.engine import PairLimits
+from megatron_plugin.rollout.hinted.options import HintedOptions
+from megatron_plugin.rollout.hinted.realign import Realigner, RealignOptions, realign
+from megatron_plugin.rollout.hinted.stops import EndReason
+from megatron_plugin.rollout.rewards import make_reward
+
+QUESTION = "What is {} + {}?"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    texts = [QUESTION.format(1, 2), "#### 3 # CoT reference answer question analysis é 漢"] * 4
+    return train_tokenizer(texts, tmp_path_factory.mktemp("tokenizer") / "t", vocab_size=300)
+
+
+def lines(count):
+    return [parse_line(json.dumps({"question": QUESTION.format(i, 1), "answer": f"It is {i + 1}.\n#### {i + 1}"}), f"gsm.jsonl:{i + 1}") for i in range(count)]
+
+
+@dataclass
+class Scripted:
+    """Engine and decoder.  alone, analysis, hinted: question -> what the model writes; a Completion's or sample's end with it."""
+
+    tokenizer: object
+    alone: dict = field(default_factory=dict)
+    analysis: dict = field(default_factory=dict)
+    hinted: dict = field(default_factory=dict)
+    name: str = "scripted"
+    weight_version: int = 1
+    max_model_len: int = 2000
+    timeout_s: float = 10.0
+    asked: list = field(default_factory=list)
+    lost: bool = False
+
+    def __post_init__(self):
+        self.engine, self.limits = self, PairLimits(max_num_seqs=8, max_num_batched_tokens=9, policy="", chunked_prefill=False, kv_blocks=1, block_size=1, vocabulary="")
+        self.options = HintedOptions(vocab_size=300, end_ids=(self.tokenizer.eos_token_id,))
+
+    def health(self):
+        return Health.DEAD if self.lost else Health.HEALTHY
+
+    def _question(self, ids):
+        return next(line for line in self.tokenizer.decode(list(ids), skip_special_tokens=True).splitlines() if "What is" in line).removeprefix("Question:").strip()
+
+    def generate(self, prompt_ids, params, *, timeout_s):
+        if self.lost:
+            raise EngineLostError("gone")
+        text = self.tokenizer.decode(list(prompt_ids), skip_special_tokens=True)
+        question, shown = self._question(prompt_ids), "Reference answer:" in text
+        self.asked.append(("analysis" if shown else "alone", question))
+        assert params.stop_token_ids == self.options.end_ids and (not shown or params.temperature == 0)
+        said = (self.analysis if shown else self.alone).get(question, "no idea")
+        if said is None:
+            raise EngineError("refused by the engine")
+        said, reason = said if isinstance(said, tuple) else (said, "stop")
+        ids = self.tokenizer.encode(said, add_special_tokens=False) + ([self.tokenizer.eos_token_id] if reason == "stop" else [])
+        return [Completion(tuple(ids), (0.0,) * len(ids), reason, 1)]
+
+    def run(self, prompts):
+        run = HintedRun()
+        for prompt in prompts:
+            question = self._question(prompt.plain_ids)
+            self.asked.append(("hinted", question, prompt.key, self.tokenizer.decode(list(prompt.hinted_ids))))
+            said = self.hinted.get(question, "#### 0")
+            if said is None:
+                run.rejected[prompt.key] = "fell out of step"
+                continue
+            said, reason = said if isinstance(said, tuple) else (said, EndReason.EOS)
+            letters = [i for letter in said for i in self.tokenizer.encode(letter, add_special_tokens=False)]  # a role's mark is letters, too
+            ids = (*letters, self.tokenizer.eos_token_id)
+            run.samples[prompt.key] = HintedSample(prompt.key, ids, said, (0.0,) * len(ids), reason, 3, 2, 1)
+        return run
+
+
+@pytest.fixture
+def work(tokenizer):
+    """work(scripted, **options): all results, and the realigner."""
+
+    def go(scripted, items, *, done=(), score=None, **fields):
+        reward = make_reward("numeric")
+        realigner = Realigner(scripted, reward, RealignOptions(**fields), score)
+        out = list(realign(items, realigner, done=done))
+        reward.close()
+        return out, realigner
+
+    return go
+
+
+def test_own_hinted_and_rejected(tokenizer, work, tmp_path):
+    q = [QUESTION.format(i, 1) for i in range(5)]
+    model = Scripted(
+        tokenizer,
+        alone={q[0]: "one é\n#### 1", q[1]: "#### 9", q[4]: ("#### 5 and on and", "length")},
+        analysis={q[1]: "first # CoT\nthen # CoT\n tail", q[2]: "no marker", q[3]: "x # CoT", q[4]: "y # CoT"},
+        hinted={q[1]: "so 2\n#### 2", q[3]: "so 7\n#### 7", q[4]: "#### 5"},
+    )
+    out, realigner = work(model, lines(5))
+    assert [r.kind for r in out] == ["own", "hinted", "rejected", "rejected", "hinted"] and [r.source for r in out] == [f"gsm.jsonl:{i}" for i in range(1, 6)]
+    assert out[2].reason.startswith("no analysis: the model wrote 9 characters without a line '# CoT'")
+    assert out[3].reason == "not verified: wrong (reward 0)" and out[3].record is None
+    assert out[1].record["end_reason"] == "eos" and out[1].record["split_at"] == 3 and out[1].record["attempts"] == 2
+    assert realigner.counts == {"own": 1, "hinted": 2, "rejected": 2, "rejected: no analysis": 1, "rejected: not verified": 1}
+    assert not any(kind[0] == "analysis" and kind[1] == q[0] for kind in model.asked), "a verified answer costs no analysis"
+    path = tmp_path / "out.jsonl"
+    path.write_text("".join(json.dumps(r.record) + "\n" for r in out if r.record))
+    back = read_conversations(path)
+    assert [c.messages[-1].content for c in back] == ["one é\n#### 1", "so 2\n#### 2", "#### 5"] and [c.messages[0].content for c in back] == [q[0], q[1], q[4]]
+    own = ConversationEncoder(tokenizer).encode(back[0])
+    assert (own.labels_T != -100).sum() == out[0].record["tokens"], "as many trained tokens as were drawn"
+
+
+def test_the_hinted_prompt(tokenizer, work):
+    """Question, expert's answer, and the analysis up to the last marker; the key, and with it the seed, is the sample's source."""
+    q = QUESTION.format(0, 1)
+    model = Scripted(tokenizer, analysis={q: "first # CoT\nthen # CoT\n tail"}, hinted={q: "#### 1"})
+    work(model, lines(1), unaided=None)
+    (_, _, key, hinted), = [asked for asked in model.asked if asked[0] == "hinted"]
+    assert key == "gsm.jsonl:1" and hinted.endswith("<|assistant|>first # CoT\nthen # CoT\n") and q in hinted and "It is 1." in hinted
+    assert ("alone", q) not in model.asked
+
+
+def test_everything_bad_has_a_reason(tokenizer, work):
+    q = [QUESTION.format(i, 1) for i in range(6)]
+    model = Scripted(
+        tokenizer, analysis={q[0]: None, **dict.fromkeys(q[1:], "# CoT")}, max_model_len=400,
+        hinted={q[1]: None, q[2]: ("#### 3", EndReason.REPEATING), q[3]: ("#### 4", EndReason.LENGTH), q[4]: "<|user|>\n#### 5"},
+    )  # fmt: skip
+    long = parse_line(json.dumps({"question": QUESTION.format(9, 1), "answer": "long " * 300 + "#### 10"}), "gsm.jsonl:8")
+    bad = DataError("missing key 'answer'", "gsm.jsonl:7")
+    out, realigner = work(model, [*lines(5), bad, long], unaided=None)
+    assert [r.reason.partition(":")[0] for r in out] == [
+        "refused", "not decoded", "unfinished", "unfinished", "cannot be trained on", "bad sample", "hint too long",
+    ]  # fmt: skip
+    assert "ended by repeating" in out[2].reason and "ended by length" in out[3].reason and "fell out of step" in out[1].reason
+    assert out[5].source == "gsm.jsonl:7" and realigner.counts["rejected"] == 7 and realigner.counts["own"] + realigner.counts["hinted"] == 0
+
+
+def test_a_run_goes_on_where_it_was(tokenizer, work):
+    model = Scripted(tokenizer, alone={QUESTION.format(i, 1): f"#### {i + 1}" for i in range(7)})
+    out, _ = work(model, lines(7), done={"gsm.jsonl:2", "gsm.jsonl:5"}, batch=2)
+    assert [r.source for r in out] == [f"gsm.jsonl:{i}" for i in (1, 3, 4, 6, 7)] and {r.kind for r in out} == {"own"}
+
+
+def test_of_several_unaided_answers_the_first_verified_is_kept(tokenizer, work):
+    model = Scripted(tokenizer)
+    said = ["#### 5", "second\n#### 1", "third\n#### 1"]
+
+    def generate(prompt_ids, params, *, timeout_s):
+        ids = [tuple(tokenizer.encode(text, add_special_tokens=False)) + (tokenizer.eos_token_id,) for text in said[: params.n]]
+        return [Completion(i, (0.0,) * len(i), "stop", 1) for i in ids]
+
+    model.generate = generate
+    out, _ = work(model, lines(1), unaided=SamplingParams(max_tokens=20, n=3, temperature=1.0))
+    assert out[0].kind == "own" and out[0].record["messages"][-1]["content"] == "second\n#### 1"
+
+
+def test_scores_go_into_the_record(tokenizer, work):
+    model = Scripted(tokenizer, alone={QUESTION.format(0, 1): "#### 1"})
+    out, _ = work(model, lines(1), score=lambda prompt, answer: {"cll_mean": -0.1, "prompt_tokens": len(prompt)})
+    assert out[0].record["cll_mean"] == -0.1 and out[0].record["prompt_tokens"] == len(ConversationEncoder(tokenizer).prompt(lines(1)[0]))
+
+
+def test_a_lost_engine_ends_it(tokenizer, work):
+    model = Scripted(tokenizer, lost=True)
+    with pytest.raises(EngineLostError, match="found dead"):
+        work(model, lines(3))
+
+
+@pytest.mark.parametrize("fields", [dict(batch=0), dict(analysis_max_tokens=0), dict(marker="")])
+def test_bad_options(fields):
+    with pytest.raises(ValueError, match="expected at least 1, 1, text"):
+        RealignOptions(**fields)

@@ -5,8 +5,8 @@
     log.close()
     cut_rollouts(run_dir, resumed_at=120, first=2)                    # the same for files of leaders that this run, with two, has not
 
-One process writes a file: leader 0 rollouts.jsonl, leader N rollouts.N.jsonl.  A step's lines are written at once, so a kill leaves at most a
-torn last line, which the next start drops.
+One process writes a file: leader 0 rollouts.jsonl, leader N rollouts.N.jsonl.  A step's lines are written at once, so a kill leaves at most
+a torn last line, which the next start drops.
 """
 
 from __future__ import annotations

@@ -17,10 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from megatron_plugin.data import Prompt, RowOrder, encode_prompts
 from megatron_plugin.rollout.engine import Completion, SamplingParams
 from megatron_plugin.rollout.fleet import Fleet, Generated, Request
-from megatron_plugin.rollout.log import RolloutLog
+from megatron_plugin.rollout.log import RolloutLog, cut_rollouts
 from megatron_plugin.trainer.batch import Group
 from megatron_plugin.trainer.engines import Engines
 from megatron_plugin.trainer.judge import Judge, Judged
@@ -47,6 +49,8 @@ class Rollouts:
         self.engines = Engines(run, leaders)
         name = "rollouts.jsonl" if leaders.index == 0 else f"rollouts.{leaders.index}.jsonl"
         self.log = leaders.on_leaders(lambda: RolloutLog(Path(run.config.run_dir) / name, resumed_at=run.step))
+        if dist.get_rank() == 0:  # files of leaders that this run has no longer
+            cut_rollouts(run.config.run_dir, resumed_at=run.step, first=leaders.count)
         self._ahead: _Ahead | None = None
         self._position = self.order.state_dict()
 

@@ -29,7 +29,7 @@ def _sender(folder):
 
 
 def test_files_of_killed_trainers_are_removed_and_no_others(tmp_path):
-    """A process id is no sign of life: containers that share /dev/shm do not share those, so the file is called like one that nobody has here."""
+    """A process id is no sign of life: containers that share /dev/shm do not share those; so this file bears one that nobody has here."""
     nobody = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True).stdout.strip()
     process, path = _sender(tmp_path)
     live = path.rename(tmp_path / f"{PREFIX}{nobody}-aa")
@@ -77,8 +77,8 @@ def test_only_a_bucket_of_the_shared_folder_is_read(tmp_path, monkeypatch):
     (tmp_path / "same").symlink_to(shared)
     for path in (shared / f"{PREFIX}a", tmp_path / "same" / f"{PREFIX}a"):
         assert bytes(received(str(path), 7).tolist()) == b"weights"
-    for path in (secret / f"{PREFIX}a", shared / "link" / f"{PREFIX}a", shared / ".." / "secret" / f"{PREFIX}a", shared / "link" / "deep" / ".." / f"{PREFIX}a",
-                 shared / f"{PREFIX}link", shared / "weights", f"{PREFIX}a", ""):  # fmt: skip
+    parents = (secret, shared / "link", shared / ".." / "secret", shared / "link" / "deep" / "..")
+    for path in (*(parent / f"{PREFIX}a" for parent in parents), shared / f"{PREFIX}link", shared / "weights", f"{PREFIX}a", ""):
         with pytest.raises(ValueError, match=f"expected a file of weights called {shared}/{PREFIX}"):
             received(str(path), 7)
     for path, size, message in (("none", 7, "got no such file"), ("a", 8, "got 7 bytes, expected 8"), ("folder", 7, "got no file, expected")):

@@ -170,9 +170,9 @@ def test_a_server_that_does_not_start_says_why(fake_vllm):
 
 def test_a_restart_keeps_what_the_death_left_in_the_log(fake_vllm, tmp_path):
     """An error at a start shows the lines of that start only: those of the death before it would explain the wrong thing."""
-    for line, shown in (("raise SystemExit('error: first death')", "first death"), ("raise SystemExit('error: second')", "second"), ("raise SystemExit(1)", "")):
+    for status, shown in (("'error: first death'", "first death"), ("'error: second'", "second"), ("1", "")):
         with pytest.raises(EngineLostError, match="ended with exit code 1") as caught:
-            start_server(fake_vllm(line))
+            start_server(fake_vllm(f"raise SystemExit({status})"))
         words = str(caught.value)
         assert [word for word in ("first death", "second") if word in words] == [word for word in (shown,) if word]
     log = (tmp_path / "logs" / "engine.log").read_text()

@@ -30,8 +30,8 @@ def shared_folder() -> Path:
 
 
 class SharedMemory:
-    """`folder`: where the files go, shared_folder() by default.  Engines read from their own shared_folder() only; any folder that trainer and
-    engines both see works, more slowly on a disk."""
+    """`folder`: where the files go, shared_folder() by default.  Engines read from their own shared_folder() only; any folder that both
+    see works, more slowly on a disk."""
 
     backend = "megatron_plugin_shm"
 

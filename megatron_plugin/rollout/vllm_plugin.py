@@ -1,4 +1,5 @@
-"""The module that imports vLLM, with vllm_mixing.py.  vLLM loads it into each of its processes (entry point vllm.general_plugins); the trainer only for NCCL.
+"""What runs inside vLLM: one of two modules that import it, with vllm_mixing.py.  vLLM loads this one into each of its processes (entry point
+vllm.general_plugins); the trainer only for NCCL.
 
 Three weight-transfer backends (BACKENDS) on vLLM's own start/update/finish API, which differ in how a bucket's bytes come in:
 

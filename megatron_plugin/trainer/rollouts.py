@@ -17,8 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megatron_plugin.data import Prompt, RowOrder, encode_prompts
 from megatron_plugin.rollout.engine import Completion, SamplingParams
 from megatron_plugin.rollout.fleet import Fleet, Generated, Request
@@ -47,12 +45,15 @@ class Rollouts:
         self.order = RowOrder(len(self.prompts), self.config.prompts, run.config.seed, fingerprint=self.prompts.fingerprint())
         self.judge = Judge(run, leaders)
         self.engines = Engines(run, leaders)
-        name = "rollouts.jsonl" if leaders.index == 0 else f"rollouts.{leaders.index}.jsonl"
-        self.log = leaders.on_leaders(lambda: RolloutLog(Path(run.config.run_dir) / name, resumed_at=run.step))
-        if dist.get_rank() == 0:  # files of leaders that this run has no longer
-            cut_rollouts(run.config.run_dir, resumed_at=run.step, first=leaders.count)
+        self.log = leaders.on_leaders(self._open_log)
         self._ahead: _Ahead | None = None
         self._position = self.order.state_dict()
+
+    def _open_log(self) -> RolloutLog:
+        folder, index = Path(self.run.config.run_dir), self.leaders.index
+        if index == 0:  # also the files of leaders that this run has no longer
+            cut_rollouts(folder, resumed_at=self.run.step, first=self.leaders.count)
+        return RolloutLog(folder / ("rollouts.jsonl" if index == 0 else f"rollouts.{index}.jsonl"), resumed_at=self.run.step)
 
     def report(self) -> list[str]:
         """For the terminal."""

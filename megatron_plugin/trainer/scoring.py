@@ -10,8 +10,6 @@ ranks of one replica score the same ones.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_plugin.data import Conversation, ConversationEncoder, DataError, Sample, iter_lines, load_tokenizer, true_vocab_size, truncate
+from megatron_plugin.data.claim import claim, file_sha256
 from megatron_plugin.data.scores import ScoreFile, read_scores, sample_score, summarise
 from megatron_plugin.hooks.attach import attach
 from megatron_plugin.hooks.mcore import check_megatron_core, groups
@@ -189,15 +188,9 @@ class _Scoring:
 
     def _open(self) -> int:
         """On the leader: the lines that are scored already."""
-        out = self.task.out
-        out.mkdir(parents=True, exist_ok=True)
-        wanted = self.identity | {"data": str(self.task.data.resolve()), "sha256": _sha256(self.task.data), "seq_length": self.seq_length}
-        note = out / "score.json"
-        there = json.loads(note.read_text("utf-8")) if note.is_file() else wanted
-        if there != wanted:
-            what = "; ".join(f"{key} is {wanted.get(key)}, was {there.get(key)}" for key in {**there, **wanted} if there.get(key) != wanted.get(key))
-            raise DataError(f"holds scores of something else ({what}): choose another --out, or remove it", str(out))
-        note.write_text(json.dumps(wanted, indent=1) + "\n", "utf-8")
+        out, data = self.task.out, self.task.data
+        wanted = self.identity | {"data": str(data.resolve()), "sha256": file_sha256(data), "seq_length": self.seq_length}
+        claim(out / "score.json", wanted, kind="scores")
         self.file = ScoreFile(out / "scores.jsonl")
         if self.file.lines:
             print(f"{self.file.path}: going on behind line {self.file.lines}", flush=True)
@@ -247,14 +240,3 @@ class _Scoring:
         if self.file.lines > done:
             print(f"{self.file.lines - done} lines, {tokens} answer tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s", flush=True)
         print(f"{self.task.out}: scores.jsonl report.md cll.png", flush=True)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except OSError as error:
-        raise DataError(f"cannot read the data: {error.strerror}; expected a jsonl file", str(path)) from error
-    return digest.hexdigest()

@@ -58,6 +58,11 @@ class HFReader:
                 raise WeightsError(f"{file}: got a file that cannot be read ({error}), expected safetensors; is the download complete?") from error
         return found
 
+    @property
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return list(self._file_of)
+
     def check(self, expected: Mapping[str, tuple[int, ...]], ignored: Sequence[str] = ()) -> None:
         """WeightsError naming tensor and file unless the directory has exactly the `expected` tensors, in these shapes.
 

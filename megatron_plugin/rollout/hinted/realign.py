@@ -24,17 +24,23 @@ from megatron_plugin.rollout.engine import Completion, EngineLostError, Sampling
 from megatron_plugin.rollout.fleet import Fleet, Request
 from megatron_plugin.rollout.hinted.decode import HintedDecoder, HintedPrompt, HintedSample
 from megatron_plugin.rollout.hinted.stops import EndReason
-from megatron_plugin.rollout.rewards import Reward, RewardSample
+from megatron_plugin.rollout.rewards import Reward, RewardError, RewardSample
 
-__all__ = ["ANALYSIS_PROMPT", "RealignOptions", "Realigned", "Realigner", "realign"]
+__all__ = ["ANALYSIS_PROMPT", "MARKER", "RealignOptions", "Realigned", "Realigner", "realign", "with_answer"]
 
 MARKER = "# CoT"
+UNANSWERED = "no reference"  # a reward's cause
 ANALYSIS_PROMPT = (
     "You are given a question and its reference answer. First analyse, in a few sentences, how the reference answer is reached and what a "
     f"solver who has not seen it must find out. Then write a line that says exactly '{MARKER}', and after it solve the question step by step in "
     "your own words, as if you had never seen the reference answer. End with the final answer in the form the question asks for."
 )
 """The system turn of the hinted stream.  Ours: the authors' wording is not reproduced here."""
+
+
+def with_answer(question: str, answer: str) -> str:
+    """The user turn of the hinted stream."""
+    return f"Question:\n{question}\n\nReference answer:\n{answer}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +77,8 @@ class Realigned:
     """A line for jsonl: messages (the expert's with the last answer replaced), source, kind, end_reason, tokens.  None: rejected."""
     reason: str = ""
     """Of a rejection: a cause of few words, then ": " and what there is to say."""
+    end_reason: str = ""
+    """Of the hinted answer, kept or not; "" where there was none."""
 
 
 @dataclass
@@ -83,6 +91,10 @@ class Realigner:
     score: Callable[[Sequence[int], Sequence[int]], Mapping[str, float]] | None = None
     """(tokens of the plain prompt, tokens of the answer) -> fields for the record, such as its mean cll: vLLM does not give entropies."""
     counts: Counter[str] = field(default_factory=Counter)
+    pairs: Counter[str] = field(default_factory=Counter)
+    """Counts of hinted decoding, all runs together (HintedRun.counts)."""
+    tokens: int = 0
+    """Drawn in all three stages, kept or not; those of a pair once."""
 
     def __post_init__(self):
         self.encoder = ConversationEncoder(self.decoder.tokenizer)
@@ -91,8 +103,9 @@ class Realigner:
     def batch(self, conversations: Sequence[Conversation | DataError]) -> list[Realigned]:
         """One result for each, in order.  EngineLostError when the engine is gone; nothing of the batch is done then."""
         work, results = self._sort_out(conversations)
+        self._reject_unanswered(work)
         if self.options.unaided is not None:
-            self._answer_alone(work)
+            self._answer_alone([item for item in work if item.result is None])
         self._analyse([item for item in work if item.result is None])
         self._answer_with_hint([item for item in work if item.result is None])
         results |= {item.position: item.result for item in work}
@@ -118,6 +131,22 @@ class Realigner:
             except DataError as error:
                 results[position] = Realigned(source, "rejected", reason=f"bad sample: {error}")
         return work, results
+
+    def _reject_unanswered(self, work: Sequence[_Work]) -> None:
+        """Those whose expert's answer has nothing to verify an answer by: no number behind "####", say.
+
+        A reward raises RewardError when it finds no reference in any sample it has seen, which at the end of a file may be a handful."""
+        before = Counter(self.reward.counts)
+        samples = [RewardSample(item.question, item.expert.content, item.expert.content) for item in work]
+        try:
+            causes = [result.cause for result in self.reward(samples)] if samples else []
+        except RewardError:
+            if any(not name.endswith(UNANSWERED) for name in Counter(self.reward.counts) - before):
+                raise  # the judge is at fault, not the data
+            causes = [UNANSWERED] * len(work)
+        for item, cause in zip(work, causes, strict=True):
+            if cause == UNANSWERED:
+                item.reject(f"no answer: the reward '{self.reward.name}' finds nothing to verify by in the expert's {item.expert.content[-80:]!r}")
 
     def _answer_alone(self, work: Sequence[_Work]) -> None:
         """The first verified answer of each becomes its result."""
@@ -157,6 +186,8 @@ class Realigner:
     def _answer_with_hint(self, work: Sequence[_Work]) -> None:
         waiting = [item for item in work if item.result is None]
         run = self.decoder.run([HintedPrompt(item.key, item.plain_ids, item.hinted_ids) for item in waiting])
+        self.pairs.update(run.counts)
+        self.tokens += sum(len(sample.token_ids) for sample in run.samples.values())
         for item in waiting:
             if item.key in run.rejected:
                 item.reject(f"not decoded: {run.rejected[item.key]}")
@@ -165,13 +196,15 @@ class Realigner:
             self._settle(item, sample, cause)
 
     def _settle(self, item: _Work, sample: HintedSample, cause: str | None) -> None:
-        if sample.end_reason is not EndReason.EOS:
-            item.reject(f"unfinished: hinted decoding ended by {sample.end_reason.value} after {len(sample.token_ids)} tokens")
+        end = sample.end_reason
+        if end is not EndReason.EOS:
+            item.reject(f"unfinished: hinted decoding ended by {end.value} after {len(sample.token_ids)} tokens")
         elif cause is not None:
             item.reject(f"not verified: {cause}")
         else:
             extra = {"split_at": sample.split_at, "attempts": sample.attempts}
-            item.result = self._keep(item, "hinted", sample.token_ids, sample.end_reason, extra)
+            item.result = self._keep(item, "hinted", sample.token_ids, end, extra)
+        item.result = replace(item.result, end_reason=end.value)
 
     # -- helpers ----------------------------------------------------------------------------------------------------------------------------------
 
@@ -182,6 +215,7 @@ class Realigner:
         if generated.missing:
             raise EngineLostError(next(iter(generated.missing.values())))
         self._refused = generated.refused
+        self.tokens += generated.tokens
         return generated.completions
 
     def _verify(self, answers: Sequence[tuple[_Work, str]]) -> list[str | None]:
@@ -205,8 +239,8 @@ class Realigner:
     def _shown(self, conversation: Conversation) -> list[int]:
         """The hinted prompt: the analysis asked for, question and expert's answer in one user turn."""
         item = _Work("", 0, conversation, [])
-        asked = f"Question:\n{item.question}\n\nReference answer:\n{item.expert.content}"
-        turns = (Message("system", self.options.analysis_prompt), Message("user", asked), Message("assistant", "-", train=True))
+        asked = Message("user", with_answer(item.question, item.expert.content))
+        turns = (Message("system", self.options.analysis_prompt), asked, Message("assistant", "-", train=True))
         return self.encoder.prompt(Conversation(turns, conversation.source))
 
     def _text(self, token_ids: Sequence[int]) -> str:

@@ -1,0 +1,38 @@
+"""What the results in a folder are of: a command that goes on where it was must not go on with something else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_plugin.data.errors import DataError
+
+__all__ = ["claim", "file_sha256"]
+
+
+def claim(note: str | Path, wanted: Mapping[str, Any], *, kind: str) -> None:
+    """Write `wanted`, plain JSON values, into `note`, whose folder is made; or see that it says the same already.
+
+    DataError when it says something else.  kind: what the folder holds, for the message."""
+    note = Path(note)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    there = json.loads(note.read_text("utf-8")) if note.is_file() else wanted
+    if there != wanted:
+        what = "; ".join(f"{key} is {wanted.get(key)}, was {there.get(key)}" for key in {**there, **wanted} if there.get(key) != wanted.get(key))
+        raise DataError(f"holds {kind} of something else ({what}): choose another --out, or remove it", str(note.parent))
+    note.write_text(json.dumps(wanted, indent=1) + "\n", "utf-8")
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hexadecimal.  DataError for a file that cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise DataError(f"cannot read the data: {error.strerror}; expected a jsonl file", str(path)) from error
+    return digest.hexdigest()

@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 PY := .venv/bin/python
 export OMP_NUM_THREADS := 1
 
-.PHONY: test test-mutants test-versions lint demo demo-onpolicy demo-onpolicy-seeds setup clean
+.PHONY: test test-mutants test-versions lint demo demo-onpolicy demo-onpolicy-seeds demo-realign setup clean
 setup: .venv/ok
 .venv/ok: requirements/py311-cpu.txt pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv .venv
@@ -31,6 +31,9 @@ demo-onpolicy: setup
 
 demo-onpolicy-seeds: setup
 	$(PY) examples/demo_onpolicy.py runs/demo-onpolicy-seeds --seeds 3
+
+demo-realign: setup
+	$(PY) examples/demo_realign.py
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -25,6 +25,8 @@ R, FLEET, LOST = "megatron_plugin/rollout/", "tests/rollout/test_fleet.py", "tes
 ENGINE, SERVER, HTTP = "tests/rollout/test_vllm_engine.py", "tests/rollout/test_vllm_server.py", "tests/rollout/test_vllm_http.py"
 PROCESS, TRANSFER, SHARED = "tests/rollout/test_vllm_process.py", "tests/rollout/test_transfer.py", "tests/rollout/test_shared_memory.py"
 RESTARTS, REWARDS, POOL = "tests/rollout/test_fleet_restarts.py", "tests/rollout/test_rewards.py", "tests/rollout/test_worker_pool.py"
+T, ROLLOUTS, JUDGE = "megatron_plugin/trainer/", "tests/trainer/test_rollouts.py", "tests/trainer/test_judge.py"
+SCORER, POLICY_STEPS = "tests/trainer/test_scorer.py", "tests/trainer/test_onpolicy_steps.py"
 
 MUTANTS = [
     Mutant("DFT's weight is differentiated", "megatron_plugin/losses/dft.py", "weight_T = stats.logp.detach().exp()", "weight_T = stats.logp.exp()", LOSSES),
@@ -236,6 +238,29 @@ MUTANTS = [
     Mutant("a new file of weights is lost to a trainer that starts", R + "transports/shm.py", "if os.fstat(handle).st_nlink:", "if True:", f"{SHARED} -k made_again"),
     Mutant("files of leaders that are no more keep steps that are done again", R + "log.py", 'glob("rollouts*.jsonl")', 'glob("rollouts.jsonl")', "tests/rollout/test_log.py -k directory"),
     Mutant("a file is cut under the hands of its writer", R + "log.py", "and int(name[1] or 0) >= first", "and int(name[1] or 0) >= 0", "tests/rollout/test_log.py -k writer"),
+    Mutant("engines that sleep with the newest weights stay asleep", T + "engines.py", "        self.leaders.on_leaders(self._wake)  #", "        #", f"{ROLLOUTS} -k slept"),
+    Mutant("an evaluation sends weights while the batch ahead is sampled", T + "rollouts.py", "            self._ahead.finished()", "            pass",
+           f"{ROLLOUTS} -k evaluation_waits"),
+    Mutant("completions asked for again count as stale", T + "rollouts.py", "            behind = 0\n", "", f"{ROLLOUTS} -k 'lost_while and one'"),
+    Mutant("held-out prompts that are too long are left out of the mean", T + "rollouts.py", 'counted["refused"] + len(prompts.too_long)', 'counted["refused"]',
+           f"{ROLLOUTS} -k held_out"),
+    Mutant("a leader whose transport fails leaves the others gathering weights", T + "weight_sync.py", "for _ in tensors:  # to the end", "for _ in ():  # to the end",
+           f"{ROLLOUTS} -k fails_on_one_leader"),
+    Mutant("the mean reward over leaders drops those below 0", T + "judge.py", "total.update(each)  # not +", "total += each  # not +", f"{ROLLOUTS} -k mean_reward"),
+    Mutant("srft's released code takes its mean over the union", T + "judge.py", "over_answers=self.over_answers)", "over_answers=False)", f"{JUDGE} -k srft"),
+    Mutant("a group of wrong answers is said to teach nothing beside its demonstration", T + "judge.py",
+           "joined = [] if self.demonstration is None else [self.demonstration]", "joined = []", f"{JUDGE} -k wrong_answers"),
+    Mutant("what dynamic sampling leaves out is not logged", T + "judge.py", "            left_out += both[self.wanted :]\n", "", f"{JUDGE} -k dynamic"),
+    Mutant("a correction of whole completions does not reach the loss", T + "scorer.py", "return replace(sample, weight_T=sample.weight_T * weight)", "return sample",
+           f"{SCORER} -k correction"),
+    Mutant("steps of experts alone lack the columns of rollouts", T + "scorer.py", "if name not in part.rows.columns:", "if False:", f"{POLICY_STEPS} -k mu_1"),
+    Mutant("all updates of a rollout batch have the experts of the first", T + "onpolicy.py", "self.sources(self.run.step + part)", "self.sources(self.run.step)",
+           f"{POLICY_STEPS} -k own_mu"),
+    Mutant("a step without a trained token is taken", T + "mixed.py", "    if not step.loss_tokens:", "    if False:", f"{POLICY_STEPS} -k without_a_trained"),
+    Mutant("checkpoints between the updates of a rollout batch are accepted", "megatron_plugin/config/rollout_checks.py",
+           "    if config.checkpoint.interval % rollout.updates:", "    if False:", "tests/test_rollout_checks.py -k interval"),
+    Mutant("a demonstration among equal answers is divided by a deviation of 0", "megatron_plugin/losses/advantages.py",
+           "len(group) > 1 and (group != group[0]).any()", "len(group) > 1", "tests/losses/test_advantages.py -k answers_alone"),
     # these start a real vLLM
     Mutant("keys and values of the old weights are used again", R + "vllm_http.py", 'if not self._wire.request("POST", "/reset_prefix_cache").json()["success"]:', "if False:", f"{ENGINE} -k prefix_cache"),
     Mutant("a tied head keeps the old embedding", R + "vllm_plugin.py", "        _repack_heads(self.tied)\n", "", f"{SERVER} -k tied_model"),

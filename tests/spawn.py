@@ -6,6 +6,7 @@ The function takes (group, **arguments), lives in an importable module without t
 """
 
 import atexit
+import gc
 import importlib
 import os
 import sys
@@ -44,6 +45,7 @@ def _serve(rank: int, store: str, pipe) -> None:
             os._exit(0)  # the session is over; leaving a process group whose peers are gone can hang
         # A fresh world for each request: megatron-core never destroys the groups it makes, and each keeps threads.
         # The old one goes here, where every rank has answered: a group destroyed while a peer still talks to it kills the peer.
+        gc.collect()  # models in reference cycles keep their groups
         if dist.is_initialized():
             dist.destroy_process_group()
         threads = len(os.listdir("/proc/self/task"))

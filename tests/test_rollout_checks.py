@@ -51,6 +51,16 @@ REFUSED = [  # overrides -> key, parts of the message
     (["rollout.top_k=50"], "rollout.top_k", "got a cut support"),
     (["rollout.max_tokens=128"], "rollout.max_tokens", r"got 128, expected less than data.seq_length \(128\): prompt and completion share a row"),
     (["rollout.overlong_buffer=65"], "rollout.overlong_buffer", r"got 65, expected at most rollout.max_tokens \(64\)"),
+    *((["loss.name=srft", f"rollout.advantage_scale={scale}"], "rollout.advantage_scale", f"got {scale}, expected group with loss srft")
+      for scale in ("batch", "none")),
+    *(([*overrides, "data.expert_samples=0"], "data.expert_samples", "got 0, expected at least 1: the loss has a share of expert data")
+      for overrides in (["loss.name=chord"], ["loss.name=chord", "mu.peak=0.5", "mu.valley=0"], ["loss.name=my_package.my_loss", "mu.peak=0.5"])),
+    (["rollout.updates=2", "checkpoint.interval=3"], "checkpoint.interval", r"got 3, expected a multiple of rollout.updates \(2\)"),
+    *((["rollout.correction=opsm", f"loss.{name}=2"], "rollout.correction", f"got opsm beside loss.{name}, expected one of them")
+      for name in ("tis", "icepop_low", "icepop_high")),
+    *(([f"rollout.correction={correction}", "rollout.correction_bound=0"], "rollout.correction_bound", "got 0, expected above 0")
+      for correction in ("sequence_mask", "sequence_tis")),
+    (["rollout.devices=['0']", "rollout.engines=2"], "rollout.devices", r"got 1 entries, expected one for each of rollout.engines \(2\)"),
     (["rollout.updates=5"], "rollout.prompts", r"got 24, expected a multiple of rollout.updates \(5\)"),
 ]  # fmt: skip
 
@@ -81,6 +91,13 @@ ACCEPTED = [
     ["rollout.max_tokens=127"],
     ["rollout.overlong_buffer=64"],
     ["rollout.updates=4"],
+    ["loss.name=chord", "mu.peak=0", "mu.valley=0", "data.expert_samples=0"],
+    ["data.expert_samples=0"],
+    ["loss.name=srft", "data.expert_samples=0"],  # it has the demonstrations of its prompts
+    ["loss.name=my_package.my_loss", "data.expert_samples=0"],
+    ["rollout.updates=2", "checkpoint.interval=4"],
+    ["rollout.correction=opsm", "rollout.correction_bound=0"],
+    ["rollout.devices=['0,1','2,3']", "rollout.engines=2"],
 ]
 
 

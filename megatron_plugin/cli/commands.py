@@ -53,6 +53,7 @@ def parser() -> Parser:
 
     _add_conversions(commands)
     _add_score(commands)
+    _add_realign(commands)
     _add_serve(commands)
     config = commands.add_parser("config", help="look at a configuration", description="Look at a configuration.")
     actions = config.add_subparsers(title="actions", metavar="ACTION", required=True, parser_class=Parser)
@@ -108,6 +109,36 @@ def _add_score(commands) -> None:
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number above 0")
+    return int(text)
+
+
+def _add_realign(commands) -> None:
+    text = ("Turn expert data into data that the model could have written itself (hinted decoding, arXiv 2602.12222), with a vLLM that is started here: "
+            "the model's own answer where it is right, else one drawn with the expert's as a hint, if that is right.  A second start goes on where the "
+            "first one ended.")  # fmt: skip
+    realign = commands.add_parser("realign", help="expert data in the model's own words, for SFT or IDFT", description=text)
+    realign.add_argument("data", metavar="DATA", help="jsonl, as for training")
+    realign.add_argument("model", metavar="MODEL_DIR", help="Hugging Face directory with weights and tokenizer, as `megatron-plugin export` writes it")
+    realign.add_argument("--out", metavar="DIR", help="for realigned.jsonl and rejected.jsonl; default: realigned/<name of DATA>")
+    realign.add_argument("--samples", type=_count, default=0, metavar="N", help="only the first N lines; default: all")
+    realign.add_argument("--reward", default="numeric", help="verifies answers: numeric, math or package.module.function (%(default)s)")
+    realign.add_argument("--unaided", type=_whole, default=1, metavar="N", help="answers without help: 1 greedy, more sampled, 0 none (%(default)s)")
+    realign.add_argument("--beta", type=float, default=0.7, help="how soon the question alone speaks; 0: the hinted stream alone (%(default)s)")
+    realign.add_argument("--temperature", type=float, default=0.3, help="of hinted decoding (%(default)s)")
+    realign.add_argument("--max-tokens", type=_count, default=8192, metavar="N", help="of an answer (%(default)s)")
+    realign.add_argument("--splitter", default="\\boxed{", metavar="TEXT", help="after it the question alone speaks; '': never (%(default)s)")
+    realign.add_argument("--analysis-prompt", metavar="FILE", help="system turn that asks for an analysis, a line '# CoT' and an answer; default: ours")
+    realign.add_argument("--concurrency", type=_count, default=32, metavar="N", help="pairs drawn at once (%(default)s)")
+    realign.add_argument("--context", type=_count, default=0, metavar="N", help="tokens of prompt and answer; default: the model's, at most 32768")
+    realign.add_argument("--memory", type=float, default=0.0, help="share of the GPU's memory, or GiB of key-value cache on a CPU")
+    realign.add_argument("--tensor", type=_count, default=1, help="GPUs that share the model (%(default)s)")
+    realign.add_argument("--seed", type=_whole, default=0, help="(%(default)s)")
+    realign.set_defaults(run=_realign)
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 0")
     return int(text)
 
 
@@ -172,11 +203,7 @@ def _export(arguments: argparse.Namespace) -> None:
 def _score(arguments: argparse.Namespace) -> None:
     if arguments.url and arguments.overrides:
         raise UsageError(f"got {arguments.overrides[0]!r} beside --url, expected no overrides: the server decides how the model runs")
-    data = Path(arguments.data)
-    if not data.is_file():
-        from megatron_plugin.config import DataPathError
-
-        raise DataPathError(f"got {arguments.data!r}, expected a jsonl file that exists, relative to {Path.cwd()}")
+    data = _file(arguments.data, "a jsonl file")
     _before_megatron()
     from megatron_plugin.trainer.scoring import Task, score_with_checkpoint, score_with_engine
 
@@ -186,6 +213,28 @@ def _score(arguments: argparse.Namespace) -> None:
         score_with_engine(task, arguments.model)
     else:
         score_with_checkpoint(task, arguments.model, arguments.overrides, world_size=_int_variable("WORLD_SIZE", 1))
+
+
+def _file(name: str, what: str) -> Path:
+    if not Path(name).is_file():
+        from megatron_plugin.config import DataPathError
+
+        raise DataPathError(f"got {name!r}, expected {what} that exists, relative to {Path.cwd()}")
+    return Path(name)
+
+
+def _realign(arguments: argparse.Namespace) -> None:
+    if _int_variable("WORLD_SIZE", 1) > 1:
+        raise UsageError("got more than one rank, expected the command without torchrun: it starts one vLLM, and --tensor shares the model among GPUs")
+    names = ("samples", "reward", "unaided", "beta", "temperature", "max_tokens", "splitter", "concurrency", "context", "memory", "tensor", "seed")
+    given = {name: getattr(arguments, name) for name in names}
+    data = _file(arguments.data, "a jsonl file")
+    _file(str(Path(arguments.model) / "config.json"), "a Hugging Face directory with a config.json")
+    if arguments.analysis_prompt:
+        given["analysis_prompt"] = _file(arguments.analysis_prompt, "a text file").read_text("utf-8").strip()
+    from megatron_plugin.trainer.realigning import RealignTask, realign_file
+
+    realign_file(RealignTask(data=data, model=Path(arguments.model), out=Path(arguments.out or f"realigned/{data.stem}"), **given))
 
 
 def _serve(arguments: argparse.Namespace) -> None:

@@ -80,6 +80,8 @@ def _check_sampling(config: Config) -> None:
     rollout = config.rollout
     if rollout.temperature == 0:
         _fail(config, "rollout.temperature", "got 0, expected above 0: greedy completions of a group are all the same")
+    if rollout.temperature > 2:
+        _fail(config, "rollout.temperature", f"got {rollout.temperature}, expected at most 2, the highest that vLLM takes")
     if rollout.top_p == 0:
         _fail(config, "rollout.top_p", "got 0, expected above 0, and 1 for all tokens")
     if (rollout.top_p < 1 or rollout.top_k > 0) and not _corrected(config):

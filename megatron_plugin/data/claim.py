@@ -21,7 +21,8 @@ def claim(note: str | Path, wanted: Mapping[str, Any], *, kind: str) -> None:
     note.parent.mkdir(parents=True, exist_ok=True)
     there = json.loads(note.read_text("utf-8")) if note.is_file() else wanted
     if there != wanted:
-        what = "; ".join(f"{key} is {wanted.get(key)}, was {there.get(key)}" for key in {**there, **wanted} if there.get(key) != wanted.get(key))
+        keys = [key for key in {**there, **wanted} if there.get(key) != wanted.get(key)]
+        what = "; ".join(f"{key} is {wanted.get(key)}, was {there.get(key)}" for key in keys)
         raise DataError(f"holds {kind} of something else ({what}): choose another --out, or remove it", str(note.parent))
     note.write_text(json.dumps(wanted, indent=1) + "\n", "utf-8")
 

@@ -93,7 +93,10 @@ def send_weights(
             update.each(lambda engine: engine.finish_update())
         except BaseException as error:  # of `tensors`, or an interrupt: ours are kept in update.failure
             update.failure = error
-        transport.end_bucket()
+        try:
+            transport.end_bucket()
+        except Exception as error:
+            update.failure = update.failure or error
         if update.failure:
             update.forget()
         for engine in engines:

@@ -130,7 +130,7 @@ class VLLMEngine:
         if version <= (newest := self.newest_version):
             raise WrongModelError(
                 f"{self.name}: got weight version {version}, expected one above {newest}, which it has: versions only go up; "
-                "restart the server if the trainer was set back"
+                "another trainer sends it weights, too (each needs a server of its own), or this one was set back: then restart the server"
             )
         if self._asleep:
             self.wake()

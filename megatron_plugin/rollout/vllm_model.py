@@ -10,11 +10,17 @@ from typing import Any
 
 from megatron_plugin.rollout.engine import WrongModelError
 
-__all__ = ["CPU_HEAD_SIZES", "ModelDescription", "check_cpu_heads", "describe_model", "read_config"]
+__all__ = ["CPU_HEAD_SIZES", "ModelDescription", "check_cpu_heads", "computation", "describe_model", "read_config"]
 
 CPU_HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Sizes of an attention head that vLLM 0.32 has CPU kernels for, in fp32, bf16 and fp16: those for which its torch.ops._C.get_scheduler_metadata does not
 raise.  (Its cpu_attn.py lists the same without 48, and nothing reads that list; 48 was run, too.)"""
+
+
+REMEDIES = {
+    "dtype": "start it with another --dtype, or set rollout.dtype",
+    "max_model_len": "start it with a larger --max-model-len, or lower data.seq_length",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +36,33 @@ class ModelDescription:
     dtype: str | None = None
     max_model_len: int | None = None
     """Tokens the engine must have room for; a larger context is welcome."""
+    computation: Mapping[str, Any] | None = None
+    """What tensors of the same shapes are computed with (`computation`); an engine that cannot say is not compared."""
 
     def check(self, served: Mapping[str, Any], engine: str) -> None:
         """WrongModelError for a server (`engine`: its name) that serves something else; `served`: what vllm_plugin.WorkerExtension says of it."""
         for item in fields(self):
-            expected, got = getattr(self, item.name), served[item.name]
-            if expected is not None and not (got >= expected if item.name == "max_model_len" else got == expected):
-                raise WrongModelError(f"{engine}: got a server with {item.name}={got}, expected {expected}: it serves another model than the trainer trains")
+            expected, got = getattr(self, item.name), served.get(item.name)
+            if expected is None or (got >= expected if item.name == "max_model_len" else got == expected):
+                continue
+            if item.name == "computation":
+                if got is None:
+                    continue
+                name = next(name for name in expected if got.get(name) != expected[name])
+                raise WrongModelError(f"{engine}: got a server whose config.json has {name}={got.get(name)}, expected {expected[name]}: it serves another "
+                                      "model than the trainer trains")  # fmt: skip
+            remedy = REMEDIES.get(item.name, "it serves another model than the trainer trains")
+            raise WrongModelError(f"{engine}: got a server with {item.name}={got}, expected {expected}: {remedy}")
+
+
+def computation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a config.json: what the shapes of its tensors do not tell, with Hugging Face's defaults filled in."""
+    heads, rope = config.get("num_attention_heads"), config.get("rope_parameters") or {}
+    return {
+        "num_attention_heads": heads, "num_key_value_heads": config.get("num_key_value_heads") or heads,
+        "rope_theta": float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0), "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
+        "hidden_act": config.get("hidden_act", "silu"),
+    }  # fmt: skip
 
 
 def read_config(model_dir: str) -> dict[str, Any]:
@@ -53,6 +79,7 @@ def describe_model(model_dir: str, *, dtype: str | None = None, max_model_len: i
     return ModelDescription(
         architecture=config["architectures"][0], vocab_size=config["vocab_size"], hidden_size=config["hidden_size"],
         layers=config["num_hidden_layers"], tied=bool(config.get("tie_word_embeddings", False)), dtype=dtype, max_model_len=max_model_len,
+        computation=computation(config),
     )  # fmt: skip
 
 

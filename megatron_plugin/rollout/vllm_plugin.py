@@ -30,6 +30,7 @@ from megatron_plugin.rollout.expected_weights import ExpectedWeights
 from megatron_plugin.rollout.transports.bucket import Manifest, tensors_of
 from megatron_plugin.rollout.transports.gloo import broadcast, join
 from megatron_plugin.rollout.transports.shm import received
+from megatron_plugin.rollout.vllm_model import computation, read_config
 from megatron_plugin.rollout.vllm_versions import BACKENDS, check_vllm
 from megatron_plugin.rollout.watchdog import watch_parent
 
@@ -235,6 +236,7 @@ class WorkerExtension:
             "tied": bool(getattr(hf, "tie_word_embeddings", False)),
             "dtype": str(config.dtype).removeprefix("torch."),
             "max_model_len": config.max_model_len,
+            "computation": computation(read_config(config.model)) if os.path.isdir(config.model) else None,
             "workers": parallel.world_size * parallel.data_parallel_size,
             "end_token_ids": sorted({i for end in ends if end is not None for i in (end if isinstance(end, list) else [end])}),
             "backend": self.vllm_config.weight_transfer_config.backend if self.vllm_config.weight_transfer_config else "",

@@ -88,7 +88,7 @@ def server_command(options: EngineOptions, host: str, port: int, *, allow_public
     if not allow_public and not _is_loopback(host):
         raise ValueError(
             f"host={host!r} can be reached from other machines, and vLLM's routes for weight updates ask for no key: expected 127.0.0.1, "
-            "or an explicit permission (allow_public=True) on a network that you trust"
+            "or an explicit permission (--public; allow_public=True) on a network that you trust"
         )
     on_cpu = not torch.cuda.is_available()
     arguments = {

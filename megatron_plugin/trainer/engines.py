@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import socket
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from megatron_plugin.trainer.weight_sync import WeightSync
 
 __all__ = ["Engines"]
 
+log = logging.getLogger("megatron_plugin")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -113,7 +115,9 @@ class Engines:
             self.asleep = False
 
     def _restart(self) -> None:
-        if self.fleet.dead():
+        if dead := self.fleet.dead():
+            for name, cause in dead.items():
+                log.warning("restarting rollout engine %s: %s", name, cause)
             self.fleet.restart_dead()
 
     def _check_devices(self) -> None:

@@ -131,7 +131,8 @@ class Judge:
                 counts["tokens"] += len(completion.token_ids)
                 counts["truncated"] += completion.finish_reason == "length"
                 counts["rewards"] += result.reward
-                counts["timeouts"] += result.cause in ("timeout", "memory", "crash", "error")
+                counts["failures"] += result.cause in ("timeout", "memory", "crash", "error", "no reference")
+                counts["empty"] += not completion.token_ids or result.cause == "empty"
         total: Counter[str] = Counter()
         for each in self.leaders.everyone(counts):
             total.update(each)  # not +, which drops a negative sum of rewards
@@ -139,7 +140,7 @@ class Judge:
         return {
             "rollout/reward_mean": total["rewards"] / samples, "rollout/len_mean": total["tokens"] / samples,
             "rollout/truncated_frac": total["truncated"] / samples, "rollout/zero_groups": total["zero_groups"] / groups,
-            "rollout/samples": float(total["samples"]), "rollout/reward_failures": float(total["timeouts"]),
+            "rollout/samples": float(total["samples"]), "rollout/reward_failures": float(total["failures"]), "rollout/empty": float(total["empty"]),
         }  # fmt: skip
 
     def lines(self, groups: dict[int, list[Group]], left_out: Sequence[Judged], *, step: int) -> list[RolloutLine]:

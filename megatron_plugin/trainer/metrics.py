@@ -14,6 +14,10 @@ SHOWN = {  # metric -> (heading, format): the line on the terminal
     "train/weight_mean": ("w", ".3f"), "train/mu": ("mu", ".2f"), "rollout/reward_mean": ("reward", ".3f"), "rollout/len_mean": ("len", ".0f"),
     "perf/generate_s": ("gen_s", ".1f"), "perf/train_s": ("train_s", ".1f"), "perf/sync_s": ("sync_s", ".2f"), "train/grad_norm": ("gnorm", ".3f"), "train/lr": ("lr", ".1e"), "perf/tokens_per_s": ("tok/s", ",.0f"),
 }  # fmt: skip
+WHEN_NOT_ZERO = {  # the same, where there are any
+    "rollout/zero_groups": ("equal", ".2f"), "rollout/truncated_frac": ("cut", ".2f"), "rollout/empty": ("empty", ".0f"), "rollout/refused": ("refused", ".0f"),
+    "rollout/reward_failures": ("unjudged", ".0f"), "rollout/lost_engines": ("lost", ".0f"),
+}  # fmt: skip
 RENAMED = {"lm loss": "loss", "weight": "weight_mean", "cll": "cll_mean", "phi": "phi_mean", "expert/phi": "phi_mean"}
 TWICE = ("rollout/ratio", "rollout/clip_frac")  # chord's names of ratio_mean and clip_frac
 OF_ROLLOUTS = ("ratio_mean", "logp_diff_max", "k3")  # measured by the trainer, about the rollouts
@@ -78,6 +82,7 @@ class RunLog:
         if show:
             width = len(str(self.steps))
             cells = [f"{heading} {format(metrics[name], spec)}" for name, (heading, spec) in SHOWN.items() if name in metrics]
+            cells += [f"{heading} {format(metrics[name], spec)}" for name, (heading, spec) in WHEN_NOT_ZERO.items() if metrics.get(name)]
             evaluated = [f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("eval/")]
             self.say(f"step {step:>{width}}/{self.steps}  " + "  ".join(cells + evaluated))
 

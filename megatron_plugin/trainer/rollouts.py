@@ -17,11 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_plugin.data import Prompt, RowOrder, encode_prompts
+from megatron_plugin.data import DataError, Prompt, PromptSet, RowOrder, encode_prompts
 from megatron_plugin.rollout.engine import Completion, SamplingParams
 from megatron_plugin.rollout.fleet import Fleet, Generated, Request
 from megatron_plugin.rollout.log import RolloutLog, cut_rollouts
 from megatron_plugin.trainer.batch import Group
+from megatron_plugin.trainer.datasets import EvalSet
 from megatron_plugin.trainer.engines import Engines
 from megatron_plugin.trainer.judge import Judge, Judged
 from megatron_plugin.trainer.leaders import Leaders
@@ -30,7 +31,7 @@ from megatron_plugin.trainer.run import Run
 __all__ = ["Rollouts"]
 
 log = logging.getLogger("megatron_plugin")
-COUNTED = ("retried", "late", "empty", "lost_engines", "refused", "answered", "behind")
+COUNTED = ("retried", "late", "lost_engines", "refused", "answered", "behind")
 
 Asked = dict[int, list[tuple[Prompt, Request]]]
 """By replica: what its samples come from, in order."""
@@ -43,6 +44,7 @@ class Rollouts:
         self.run, self.config, self.leaders = run, run.config.rollout, leaders
         self.prompts = run.data.prompts
         self.order = RowOrder(len(self.prompts), self.config.prompts, run.config.seed, fingerprint=self.prompts.fingerprint())
+        self.held_out = {held_out.name: self._held_out(held_out) for held_out in run.data.evals}
         self.judge = Judge(run, leaders)
         self.engines = Engines(run, leaders)
         self.log = leaders.on_leaders(self._open_log)
@@ -55,10 +57,17 @@ class Rollouts:
             cut_rollouts(folder, resumed_at=self.run.step, first=self.leaders.count)
         return RolloutLog(folder / ("rollouts.jsonl" if index == 0 else f"rollouts.{index}.jsonl"), resumed_at=self.run.step)
 
+    def _held_out(self, held_out: EvalSet) -> PromptSet:
+        try:
+            return encode_prompts(held_out.conversations, self.run.data.tokenizer, longest=self.longest)
+        except DataError as error:
+            raise DataError(f"held-out set {held_out.name}: {error}") from error
+
     def report(self) -> list[str]:
         """For the terminal."""
         config = self.config
-        return [*self.engines.report(), f"{self.prompts}; {config.prompts} a batch, {config.n} completions each, reward {config.reward}"]
+        held_out = [f"held out, {name}: {prompts}, which count as answered for nothing" for name, prompts in self.held_out.items() if prompts.too_long]
+        return [*self.engines.report(), *held_out, f"{self.prompts}; {config.prompts} a batch, {config.n} completions each, reward {config.reward}"]
 
     def batch(self) -> tuple[list[Group], dict[str, float]]:
         """The next rollout batch: this replica's groups, and metrics of all replicas' groups."""
@@ -91,7 +100,7 @@ class Rollouts:
         self.engines.refresh(self.run.step)
         metrics = {}
         for held_out in self.run.data.evals:
-            prompts = encode_prompts(held_out.conversations, self.run.data.tokenizer, longest=self.longest)
+            prompts = self.held_out[held_out.name]
             mine = prompts.prompts[self.leaders.index :: self.leaders.count]
             for name, n, temperature in (("greedy", 1, 0.0), ("sampled", self.config.eval_n, self.config.temperature)):
                 if n:
@@ -177,7 +186,7 @@ class Rollouts:
             first = None
             completions |= generated.completions
             counted.update(
-                retried=generated.retried, late=generated.late, empty=generated.empty, lost_engines=len(generated.lost), refused=len(generated.refused),
+                retried=generated.retried, late=generated.late, lost_engines=len(generated.lost), refused=len(generated.refused),
                 answered=len(generated.completions), behind=behind * len(generated.completions),
             )  # fmt: skip
             behind = 0

@@ -87,6 +87,15 @@ def test_demonstrations_join_the_group():
     assert torch.equal(torch.cat([joined[0], shown[0]]), group_advantages([[0.0, 1.0, 1.0, 1.0]])[0])
 
 
+def test_demonstrations_against_the_answers_alone():
+    """SRFT's released code: 1, 0, 0, 0 have mean 1/4 and deviation 1/2; a deviation of 0, or of one answer, counts as 1."""
+    answers, demos = augmented_advantages([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0], [0.25]], [[1.0, 0.0], [1.0], [1.0]], over_answers=True, eps=0)
+    assert answers[0].tolist() == [1.5, -0.5, -0.5, -0.5] and demos[0].tolist() == [1.5, -0.5]
+    assert answers[1].tolist() == [0, 0] and demos[1].tolist() == [1]
+    assert answers[2].tolist() == [0.25] and demos[2].tolist() == [0.75]
+    assert augmented_advantages([[0.1] * 3], [[]], over_answers=True)[1][0].shape == (0,)
+
+
 def test_informative_groups():
     assert informative([[1, 1, 1], [0, 0], [0, 1], [0.1, 0.1, 0.1], [0.5]]).tolist() == [False, False, True, False, True]
     assert informative(torch.tensor([[1.0, 1.0], [1.0, 0.0]])).tolist() == [False, True]

@@ -1,18 +1,15 @@
 """Expert data realigned by a scripted model: which answers are kept, which are rejected and why, and that the trainer can read what comes out."""
 
 import json
-from dataclasses import dataclass, field
 
 import pytest
 
 from megatron_plugin.data import ConversationEncoder, DataError, parse_line, read_conversations, train_tokenizer
-from megatron_plugin.rollout.engine import Completion, EngineError, EngineLostError, Health, SamplingParams
-from megatron_plugin.rollout.hinted.decode import HintedRun, HintedSample
-from megatron_plugin.rollout.hinted.engine import PairLimits
-from megatron_plugin.rollout.hinted.options import HintedOptions
+from megatron_plugin.rollout.engine import Completion, EngineLostError, SamplingParams
 from megatron_plugin.rollout.hinted.realign import Realigner, RealignOptions, realign
 from megatron_plugin.rollout.hinted.stops import EndReason
-from megatron_plugin.rollout.rewards import make_reward
+from megatron_plugin.rollout.rewards import RewardError, make_reward
+from tests.rollout.scripted import Scripted
 
 QUESTION = "What is {} + {}?"
 
@@ -25,61 +22,6 @@ def tokenizer(tmp_path_factory):
 
 def lines(count):
     return [parse_line(json.dumps({"question": QUESTION.format(i, 1), "answer": f"It is {i + 1}.\n#### {i + 1}"}), f"gsm.jsonl:{i + 1}") for i in range(count)]
-
-
-@dataclass
-class Scripted:
-    """Engine and decoder.  alone, analysis, hinted: question -> what the model writes; a Completion's or sample's end with it."""
-
-    tokenizer: object
-    alone: dict = field(default_factory=dict)
-    analysis: dict = field(default_factory=dict)
-    hinted: dict = field(default_factory=dict)
-    name: str = "scripted"
-    weight_version: int = 1
-    max_model_len: int = 2000
-    timeout_s: float = 10.0
-    asked: list = field(default_factory=list)
-    lost: bool = False
-
-    def __post_init__(self):
-        self.engine, self.limits = self, PairLimits(max_num_seqs=8, max_num_batched_tokens=9, policy="", chunked_prefill=False, kv_blocks=1, block_size=1, vocabulary="")
-        self.options = HintedOptions(vocab_size=300, end_ids=(self.tokenizer.eos_token_id,))
-
-    def health(self):
-        return Health.DEAD if self.lost else Health.HEALTHY
-
-    def _question(self, ids):
-        return next(line for line in self.tokenizer.decode(list(ids), skip_special_tokens=True).splitlines() if "What is" in line).removeprefix("Question:").strip()
-
-    def generate(self, prompt_ids, params, *, timeout_s):
-        if self.lost:
-            raise EngineLostError("gone")
-        text = self.tokenizer.decode(list(prompt_ids), skip_special_tokens=True)
-        question, shown = self._question(prompt_ids), "Reference answer:" in text
-        self.asked.append(("analysis" if shown else "alone", question))
-        assert params.stop_token_ids == self.options.end_ids and (not shown or params.temperature == 0)
-        said = (self.analysis if shown else self.alone).get(question, "no idea")
-        if said is None:
-            raise EngineError("refused by the engine")
-        said, reason = said if isinstance(said, tuple) else (said, "stop")
-        ids = self.tokenizer.encode(said, add_special_tokens=False) + ([self.tokenizer.eos_token_id] if reason == "stop" else [])
-        return [Completion(tuple(ids), (0.0,) * len(ids), reason, 1)]
-
-    def run(self, prompts):
-        run = HintedRun()
-        for prompt in prompts:
-            question = self._question(prompt.plain_ids)
-            self.asked.append(("hinted", question, prompt.key, self.tokenizer.decode(list(prompt.hinted_ids))))
-            said = self.hinted.get(question, "#### 0")
-            if said is None:
-                run.rejected[prompt.key] = "fell out of step"
-                continue
-            said, reason = said if isinstance(said, tuple) else (said, EndReason.EOS)
-            letters = [i for letter in said for i in self.tokenizer.encode(letter, add_special_tokens=False)]  # a role's mark is letters, too
-            ids = (*letters, self.tokenizer.eos_token_id)
-            run.samples[prompt.key] = HintedSample(prompt.key, ids, said, (0.0,) * len(ids), reason, 3, 2, 1)
-        return run
 
 
 @pytest.fixture
@@ -110,6 +52,8 @@ def test_own_hinted_and_rejected(tokenizer, work, tmp_path):
     assert out[3].reason == "not verified: wrong (reward 0)" and out[3].record is None
     assert out[1].record["end_reason"] == "eos" and out[1].record["split_at"] == 3 and out[1].record["attempts"] == 2
     assert realigner.counts == {"own": 1, "hinted": 2, "rejected": 2, "rejected: no analysis": 1, "rejected: not verified": 1}
+    assert [r.end_reason for r in out] == ["", "eos", "", "eos", "eos"], "of hinted answers, kept or not"
+    assert realigner.tokens > sum(r.record["tokens"] for r in out if r.record)
     assert not any(kind[0] == "analysis" and kind[1] == q[0] for kind in model.asked), "a verified answer costs no analysis"
     path = tmp_path / "out.jsonl"
     path.write_text("".join(json.dumps(r.record) + "\n" for r in out if r.record))
@@ -143,6 +87,28 @@ def test_everything_bad_has_a_reason(tokenizer, work):
     ]  # fmt: skip
     assert "ended by repeating" in out[2].reason and "ended by length" in out[3].reason and "fell out of step" in out[1].reason
     assert out[5].source == "gsm.jsonl:7" and realigner.counts["rejected"] == 7 and realigner.counts["own"] + realigner.counts["hinted"] == 0
+
+
+def unanswered(number, answer="I do not know."):
+    return parse_line(json.dumps({"question": QUESTION.format(number, 1), "answer": answer}), f"gsm.jsonl:{number + 1}")
+
+
+def test_an_expert_without_an_answer_is_rejected_and_costs_nothing(tokenizer, work):
+    """Also where nothing else is left, as at the end of a run that goes on: the reward itself would end the run there."""
+    model = Scripted(tokenizer, alone={QUESTION.format(0, 1): "#### 1"})
+    out, realigner = work(model, [*lines(1), unanswered(1)])
+    assert [r.kind for r in out] == ["own", "rejected"] and realigner.counts["rejected: no answer"] == 1
+    assert out[1].reason == "no answer: the reward 'numeric' finds nothing to verify by in the expert's 'I do not know.'"
+    asked = len(model.asked)
+    out, _ = work(model, [unanswered(i) for i in range(40)])
+    assert {r.reason.partition(":")[0] for r in out} == {"no answer"} and len(model.asked) == asked
+
+
+def test_a_reward_that_fails_is_no_fault_of_the_data(tokenizer):
+    reward = make_reward("tests.rollout.user_rewards.always_raises", workers=1)
+    with pytest.raises(RewardError, match="judged none"):
+        Realigner(Scripted(tokenizer), reward).batch(lines(2))
+    reward.close()
 
 
 def test_a_run_goes_on_where_it_was(tokenizer, work):

@@ -234,10 +234,11 @@ def test_a_trainer_that_died_in_an_update_is_followed_by_another(bench):
 def test_servers_of_another_model_are_refused(bench):
     right = describe_model(bench.folder, dtype="float32", max_model_len=512)
     connect_engine(bench.engine.name, right).close()
+    with pytest.raises(WrongModelError, match="rope_theta=10000.0, expected 5.0"):
+        connect_engine(bench.engine.name, ModelDescription(**vars(right) | {"computation": {**right.computation, "rope_theta": 5.0}}))
     for item, value in dict(architecture="LlamaForCausalLM", vocab_size=321, hidden_size=64, layers=3, tied=True, dtype="bfloat16", max_model_len=513).items():
-        expected = ModelDescription(**vars(right) | {item: value})
         with pytest.raises(WrongModelError, match=f"{item}=.*, expected {value}"):
-            connect_engine(bench.engine.name, expected)
+            connect_engine(bench.engine.name, ModelDescription(**vars(right) | {item: value}))
 
 
 def test_pause_holds_requests_and_resume_lets_them_go(bench):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_plugin.config import ConfigError
-from megatron_plugin.rollout.engine import EngineLostError
+from megatron_plugin.rollout.engine import EngineLostError, WrongModelError
 from megatron_plugin.rollout.expected_weights import ExpectedWeights
 from megatron_plugin.rollout.serve import serve
 from megatron_plugin.rollout.vllm_http import connect_engine, start_engine
@@ -265,8 +265,18 @@ def test_nobody_there():
 
 def test_describing_a_model(folder):
     assert describe_model(folder, dtype="float32") == ModelDescription(
-        architecture="Qwen2ForCausalLM", vocab_size=320, hidden_size=128, layers=2, tied=False, dtype="float32"
-    )
+        architecture="Qwen2ForCausalLM", vocab_size=320, hidden_size=128, layers=2, tied=False, dtype="float32",
+        computation={"num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "hidden_act": "silu"},
+    )  # fmt: skip
+
+
+def test_the_same_shapes_computed_with_otherwise_are_another_model(folder):
+    own = describe_model(folder)
+    served = vars(own) | {"computation": {**own.computation, "rope_theta": 500000.0}}
+    with pytest.raises(WrongModelError, match="engine0: got a server whose config.json has rope_theta=500000.0, expected 10000.0"):
+        own.check(served, "engine0")
+    own.check(vars(own), "engine0")
+    own.check(vars(own) | {"computation": None}, "an engine that cannot say")
 
 
 @pytest.mark.parametrize("kind, tied", [("qwen2", False), ("qwen3", True), ("llama", False), ("llama", True)])

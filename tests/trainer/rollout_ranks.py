@@ -1,9 +1,12 @@
-"""What the rank processes of test_rollouts.py, test_judge.py, test_scorer.py and test_onpolicy_steps.py run: the on-policy trainer as it is, with a
-small model, over engines in memory.  Puts fakes in the place of the two functions that give `Engines` its engines, and of single methods that shall fail."""
+"""What the rank processes of test_rollouts.py and test_judge.py run: the on-policy trainer as it is, with a small model, over engines in memory.
+
+Puts fakes in the place of the two functions that give `Engines` its engines, and of single methods that shall fail."""
 
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import io
 import json
 import logging
@@ -15,10 +18,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
-import torch
+from megatron.core import parallel_state
 
 from megatron_plugin.config import load_config
-from megatron_plugin.data import IGNORE_INDEX, Conversation, Sample
 from megatron_plugin.rollout.engine import EngineError
 from megatron_plugin.rollout.log import read_rollouts
 from megatron_plugin.rollout.rewards import RewardResult
@@ -26,12 +28,9 @@ from megatron_plugin.rollout.transports.shm import SharedMemory
 from megatron_plugin.trainer import engines as engines_module
 from megatron_plugin.trainer.judge import Judge, Judged
 from megatron_plugin.trainer.leaders import Leaders
-from megatron_plugin.trainer.mixed import mix, score
 from megatron_plugin.trainer.onpolicy import OnPolicy
 from megatron_plugin.trainer.run import Run, start
-from megatron_plugin.trainer.scorer import Scorer
-from megatron_plugin.trainer.sources import is_expert
-from megatron_plugin.trainer.world import world
+from megatron_plugin.trainer.world import seed_everything, world
 from tests.rollout.fake_engine import FakeEngine
 
 SMALL = {
@@ -67,6 +66,8 @@ class Sampler(FakeEngine):
         fault = fault or self.faults.get(f"q{number}")
         if fault == "die":
             self.release.wait(0.15)  # when the others of the batch have their answers
+            while self.in_flight > 1 and not self.release.wait(0.05):
+                pass
         completions = super()._answer(fault, prompt_ids, params)
         if fault:
             return completions
@@ -109,6 +110,25 @@ def config_of(group, overrides: dict):
 
 
 @contextlib.contextmanager
+def one_world(config) -> Iterator[None]:
+    """`world`, or the one that is there: each costs some fifty threads that never end."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.nullcontext() if parallel_state.model_parallel_is_initialized() else world(config):
+        seed_everything(config, 0)
+        yield
+
+
+def several(group, *, base: dict, calls: dict[str, tuple[str, dict]]) -> dict:
+    """{name: what module:function returns}, all in one world; `base`: overrides of all."""
+    found = {}
+    with one_world(config_of(group, base)):
+        for number, (name, (path, arguments)) in enumerate(calls.items()):
+            module, _, function = path.partition(":")
+            overrides = {**base, "run_dir": f"{base['run_dir']}{number}", **arguments.get("overrides", {})}
+            found[name] = getattr(importlib.import_module(module), function)(group, **{**arguments, "overrides": overrides})
+    return found
+
+
+@contextlib.contextmanager
 def on_policy(group, overrides: dict, *, right: Callable[[int, int], bool] = lambda number, index: index == 0, faults=None, **options) -> Iterator[OnPolicy]:
     """faults: by the engine's name, that of its url, or fake0, fake1 by rank."""
     config, made = config_of(group, overrides), []
@@ -118,7 +138,7 @@ def on_policy(group, overrides: dict, *, right: Callable[[int, int], bool] = lam
         return made[-1]
 
     with (
-        contextlib.redirect_stdout(io.StringIO()), world(config),
+        one_world(config),
         patch.object(engines_module, "start_engine", lambda options: engine(f"fake{group.rank()}")),
         patch.object(engines_module, "connect_engine", lambda url, expected, **_: engine(url)),
     ):  # fmt: skip
@@ -131,9 +151,11 @@ def on_policy(group, overrides: dict, *, right: Callable[[int, int], bool] = lam
             for fake in made:
                 fake.release.set()
             source.close()
+            del source
+            gc.collect()  # with it go the leaders' groups, whose threads would else add up
 
 
-def _outcome(act: Callable[[], object]) -> tuple[str, str, float]:
+def outcome(act: Callable[[], object]) -> tuple[str, str, float]:
     """(type, message and exit code of what `act` raises, "" without; seconds)."""
     begin = time.monotonic()
     try:
@@ -201,6 +223,13 @@ def refuses(group, *, overrides: dict, numbers: list[int]) -> dict:
         return {"sources": [g.prompt.source for g in groups], "metrics": metrics, "said": said}
 
 
+def evaluates(group, *, overrides: dict, refused: list[int]) -> dict:
+    """An evaluation where every answer that comes is right."""
+    faults = {f"fake{rank}": {f"q{number}": "refuse" for number in refused} for rank in range(2)}
+    with on_policy(group, overrides | {"rollout.eval_n": 2}, right=lambda number, index: True, faults=faults) as source:
+        return source.rollouts.evaluate()
+
+
 def _broken(name: str, source: OnPolicy, error: Exception):
     """The method that fails, for as long as the context lasts."""
     rollouts = source.rollouts
@@ -225,7 +254,7 @@ def one_leader_fails(group, *, overrides: dict, cases: list[str]) -> dict:
             source.run.step += sends  # so that there is something to send
             error = OSError(28, f"no space left for {name}")
             with _broken(name, source, error) if group.rank() == 1 else contextlib.nullcontext():
-                found[name] = _outcome((lambda: rollouts.engines.refresh(source.run.step)) if sends else rollouts.batch)
+                found[name] = outcome((lambda: rollouts.engines.refresh(source.run.step)) if sends else rollouts.batch)
         rollouts.engines.sleeps = False
         groups, metrics = rollouts.batch()
         return found | {"after": ([len(g.completions) for g in groups], metrics["rollout/samples"], sorted(source.fakes[0].sent.values())[-1])}
@@ -234,10 +263,10 @@ def one_leader_fails(group, *, overrides: dict, cases: list[str]) -> dict:
 # -- test_judge.py ----------------------------------------------------------------------------------------------------------------------------------
 
 
-def mean_of_leaders(group, *, rewards: list[list[float]], unanswered: int) -> tuple[float, float]:
+def mean_of_leaders(group, *, overrides: dict, rewards: list[list[float]], unanswered: int) -> tuple[float, float]:
     """(rollout/reward_mean, mean_reward with `unanswered` more) where each rank is a leader and has one group of these rewards."""
-    config = config_of(group, {"rollout.engines": group.size(), "rollout.prompts": group.size()})
-    with world(config):
+    config = config_of(group, overrides | {"rollout.engines": group.size(), "rollout.prompts": group.size()})
+    with one_world(config):
         run = SimpleNamespace(config=config, data=SimpleNamespace(tokenizer=None), loss=SimpleNamespace(params={}))
         judge = Judge(run, Leaders(group.size(), timeout_s=20))
         mine = rewards[group.rank()]
@@ -260,98 +289,6 @@ def dynamic_sampling(group, *, overrides: dict, teaching: list[int]) -> dict:
 def demonstrated(group, *, overrides: dict) -> tuple[list[str], list[str]]:
     """Sources of (prompts, demonstrations) of an srft run."""
     config = config_of(group, overrides)
-    with contextlib.redirect_stdout(io.StringIO()), world(config):
+    with one_world(config):
         data = start(config).data
         return [p.source for p in data.prompts.prompts], [s.source for s in data.train.samples]
-
-
-# -- test_scorer.py ---------------------------------------------------------------------------------------------------------------------------------
-
-
-def _rollout(tokens: list[int], advantage: float, number: int) -> Sample:
-    tokens_T = torch.tensor(tokens)
-    labels_T = torch.where(torch.arange(len(tokens)) >= 2, tokens_T, IGNORE_INDEX)
-    live = (labels_T != IGNORE_INDEX).float()
-    columns = {"expert": torch.zeros(len(tokens)), "advantage": advantage * live, "rollout_logp": torch.zeros(len(tokens))}
-    return Sample(tokens_T, labels_T, live, f"rollout:{number}", columns)
-
-
-def corrected(group, *, overrides: dict, log_ratios: list[list[float]], advantages: list[list[float]]) -> tuple[list[float], float]:
-    """(weights of this rank's completions, corrected_frac): completions of four trained tokens whose summed log p_old - log p_rollout is `log_ratios`, and
-    a demonstration."""
-    config = config_of(group, overrides)
-    with contextlib.redirect_stdout(io.StringIO()), world(config):
-        run = start(config)
-        rank = group.rank()
-        samples = [_rollout([5 + i, 6, 7, 8, 9, 10], a, i) for i, a in enumerate(advantages[rank])]
-        logps = [found.logp_T for found in score(config, run.chunks, run.handle, mix(config, samples))]
-        for i, (sample, logp_T, log_ratio) in enumerate(zip(samples, logps, log_ratios[rank], strict=True)):
-            rolled_T = torch.where(sample.labels_T != IGNORE_INDEX, logp_T - log_ratio / 4, 0.0)
-            samples[i] = replace(sample, columns={**sample.columns, "rollout_logp": rolled_T})
-        expert = replace(_rollout([5, 6, 7, 8], 0.0, 9), columns={"expert": torch.ones(4), "advantage": torch.zeros(4)}, weight_T=torch.full((4,), 2.0))
-        scorer = Scorer(run)
-        part, = scorer.score([mix(config, [*samples, expert])], several=False)
-        weights = [sample.weight_T[sample.labels_T != IGNORE_INDEX].unique().tolist() for sample in part.samples]
-        assert all(len(w) == 1 for w in weights), "one weight for a whole sequence"
-        return [w for w, in weights], scorer.metrics["rollout/corrected_frac"]
-
-
-def columns_of_a_batch(group, *, overrides: dict, updates: list[int]) -> dict:
-    """By rollout.updates: the columns of each part, and how far old_logp is from the log-probabilities before the first step."""
-    found = {}
-    for several in updates:
-        with on_policy(group, overrides | {"rollout.updates": several, "run_dir": f"{overrides['run_dir']}{several}"}) as source:
-            parts = source._batch(with_rollouts=True)
-            before = [[x.logp_T for x in score(source.run.config, source.run.chunks, source.run.handle, part)] for part in parts]
-            source.pending = parts
-            source.step()
-            columns = [part.rows.columns for part in parts]
-            apart = [
-                float((sample.columns["old_logp"] - logp_T).abs().max())
-                for part, logps in zip(parts, before, strict=True) for sample, logp_T in zip(part.samples, logps, strict=True) if "old_logp" in sample.columns
-            ]  # fmt: skip
-            found[several] = columns, apart
-    return found
-
-
-def reference(group, *, overrides: dict) -> dict:
-    """Two steps with a reference; of the second batch ref_logp against log-probabilities at the start, and against those now."""
-    with on_policy(group, overrides) as source:
-        run = source.run
-        first = {name: p.detach().clone() for name, p in run.chunks[0].module.named_parameters()}
-        source.step()
-        part, = source._batch(with_rollouts=True)
-        now = [x.logp_T for x in score(run.config, run.chunks, run.handle, part)]
-        with torch.no_grad():
-            for name, p in run.chunks[0].module.named_parameters():
-                p.copy_(first[name])
-        start_ = [x.logp_T for x in score(run.config, run.chunks, run.handle, part)]
-        columns = [sample.columns["ref_logp"] for sample in part.samples]
-        return {name: max(float((a - b).abs().max()) for a, b in zip(columns, other, strict=True)) for name, other in (("start", start_), ("now", now))}
-
-
-# -- test_onpolicy_steps.py -------------------------------------------------------------------------------------------------------------------------
-
-
-def steps(group, *, overrides: dict, count: int, right: str = "first", faults: dict | None = None) -> dict:
-    """`count` steps: of each the means, or what it raised; the experts and rollouts among the samples that were pending; the prompts engines were asked."""
-    with on_policy(group, overrides, right=lambda number, index: index == 0, faults=faults) as source:
-        found: dict = {"means": [], "raised": [], "pending": []}
-        for _ in range(count):
-            if not source.pending:
-                source.pending = source._batch(with_rollouts=bool(source.sources(source.run.step)[1].share))
-                found["pending"] += [[is_expert(sample) for sample in part.samples] for part in source.pending]
-            outcome = _outcome(lambda: found["means"].append(source.step()))
-            found["raised"].append(outcome[:2])
-        return found | {"asked": sum(len(fake.prompts) for fake in source.fakes), "prompts": source.position()["prompts"]["consumed"]}
-
-
-def evaluated(group, *, overrides: dict, refused: list[int]) -> dict:
-    """An evaluation where every answer that comes is right."""
-    faults = {f"fake{rank}": {f"q{number}": "refuse" for number in refused} for rank in range(2)}
-    with on_policy(group, overrides, right=lambda number, index: True, faults=faults) as source:
-        return source.evaluate(last=False)
-
-
-def sources_of(conversations: list[Conversation]) -> list[str]:
-    return [conversation.source for conversation in conversations]

@@ -256,7 +256,7 @@ MUTANTS = [
     Mutant("steps of experts alone lack the columns of rollouts", T + "scorer.py", "if name not in part.rows.columns:", "if False:", f"{POLICY_STEPS} -k mu_1"),
     Mutant("all updates of a rollout batch have the experts of the first", T + "onpolicy.py", "self.sources(self.run.step + part)", "self.sources(self.run.step)",
            f"{POLICY_STEPS} -k own_mu"),
-    Mutant("a step without a trained token is taken", T + "mixed.py", "    if not step.loss_tokens:", "    if False:", f"{POLICY_STEPS} -k without_a_trained"),
+    Mutant("a step without a trained token is taken", T + "onpolicy.py", "if not any(self.leaders.everyone(_trains(mixed, expert, rollout))):", "if False:", f"{POLICY_STEPS} -k without_a_trained"),
     Mutant("checkpoints between the updates of a rollout batch are accepted", "megatron_plugin/config/rollout_checks.py",
            "    if config.checkpoint.interval % rollout.updates:", "    if False:", "tests/test_rollout_checks.py -k interval"),
     Mutant("a demonstration among equal answers is divided by a deviation of 0", "megatron_plugin/losses/advantages.py",

@@ -30,13 +30,7 @@ from megatron_plugin.parallel.normaliser import Source
 from megatron_plugin.trainer.sources import is_expert, source_metrics, source_names
 from megatron_plugin.trainer.step import on_every_rank, prepare_step, run_step
 
-__all__ = ["EmptyStepError", "MixedRows", "Scored", "mix", "score", "train_mixed"]
-
-class EmptyStepError(RuntimeError):
-    """There is nothing to train on."""
-
-    exit_code = 5
-
+__all__ = ["MixedRows", "Scored", "mix", "score", "train_mixed"]
 
 PAD_ID = 0  # any id: padding attends to padding only, and has no label
 
@@ -133,14 +127,11 @@ def train_mixed(
       clip_frac         share of rollout tokens that the loss clips; where `names` has it, or rollout/clip_frac
       k3                mean of r - 1 - log r over rollout tokens, r = p / p of the rollout engine: how far the two are apart (nats, >= 0)
       logp_diff_max     largest |log p - log p of the rollout engine| of a rollout token (nats); these two with the column rollout_logp
-    A mean over no token is nan.  ValueError when neither source has a share; EmptyStepError, on every rank, for a step without a trained token."""
+    A mean over no token is nan.  ValueError when neither source has a share."""
     if not (expert.share or rollout.share):
         raise ValueError("got share 0 for expert and rollout tokens, expected at least one of them above 0: the step would train nothing")
     mixed = _of_sources(config, mixed, expert=expert, rollout=rollout)
     step = prepare_step(chunks, mixed.batches(), expert=expert, rollout=rollout)
-    if not step.loss_tokens:
-        raise EmptyStepError("no token of the step is trained, expected completions or demonstrations with one: every completion was refused, empty, or "
-                             "taken out by rollout.correction; rollouts.jsonl has those that came, and the log says why engines refused")  # fmt: skip
     peaks: list[Tensor] = []
 
     def measure(output: LossOutput, batch: PackedBatch, live: Tensor) -> dict[str, Tensor]:

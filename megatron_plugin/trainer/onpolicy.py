@@ -13,7 +13,7 @@ from typing import Any
 from megatron_plugin.config import as_config_error
 from megatron_plugin.config.rollout import RolloutConfig
 from megatron_plugin.config.rollout_checks import MIXED_LOSSES
-from megatron_plugin.data import RowOrder, Sample
+from megatron_plugin.data import IGNORE_INDEX, RowOrder, Sample
 from megatron_plugin.losses.probe import metric_names
 from megatron_plugin.parallel.normaliser import Source
 from megatron_plugin.rollout.fleet import CONCURRENCY
@@ -24,13 +24,20 @@ from megatron_plugin.trainer.mixed import MixedRows, mix, train_mixed
 from megatron_plugin.trainer.rollouts import Rollouts
 from megatron_plugin.trainer.run import Run, optimizer_step
 from megatron_plugin.trainer.scorer import Scorer
+from megatron_plugin.trainer.sources import is_expert
 from megatron_plugin.trainer.supervised import nll
 
-__all__ = ["OnPolicy"]
+__all__ = ["EmptyStepError", "OnPolicy"]
 
 log = logging.getLogger("megatron_plugin")
 MISMATCH = 0.1
 """k3, nats.  Measured: 1e-5 for bf16, 1e-3 one batch ahead, 0.7 for a server with another rotary base."""
+
+
+class EmptyStepError(RuntimeError):
+    """There is nothing to train on; no weight was changed."""
+
+    exit_code = 5
 
 
 class OnPolicy:
@@ -89,6 +96,9 @@ class OnPolicy:
         if not self.pending:
             self.pending = self._batch(with_rollouts=bool(rollout.share))
         begin, mixed = time.perf_counter(), self.pending.pop(0)
+        if not any(self.leaders.everyone(_trains(mixed, expert, rollout))):
+            raise EmptyStepError("no token of the step is trained, expected completions or demonstrations with one: every completion was refused, empty, or "
+                                 "taken out by rollout.correction; rollouts.jsonl has those that came, and the log says why engines refused")  # fmt: skip
 
         def gradients() -> dict[str, float]:
             return train_mixed(run.config, run.chunks, run.handle, mixed, expert=expert, rollout=rollout, names=self.names)
@@ -140,6 +150,12 @@ class OnPolicy:
 
     def close(self) -> None:
         self.rollouts.close()
+
+
+def _trains(mixed: MixedRows, expert: Source, rollout: Source) -> bool:
+    """Whether a sample of this rank has a token that the step trains on."""
+    live = [sample for sample in mixed.samples if (expert if is_expert(sample) else rollout).share]
+    return any(bool(((sample.labels_T != IGNORE_INDEX) & (sample.weight_T != 0)).any()) for sample in live)
 
 
 def _given(run: Run) -> frozenset[str]:

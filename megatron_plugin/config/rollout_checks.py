@@ -8,7 +8,7 @@ from urllib.parse import SplitResult, urlsplit
 from megatron_plugin.config.errors import ConfigError
 from megatron_plugin.config.schema import Config
 
-__all__ = ["MIXED_LOSSES", "check_rollout", "check_rollout_world"]
+__all__ = ["CORRECTIONS", "MIXED_LOSSES", "check_rollout", "check_rollout_world"]
 
 MIXED_LOSSES = ("chord", "srft")
 """Losses with a term for expert tokens and one for rollout tokens."""

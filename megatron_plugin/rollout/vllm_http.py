@@ -12,7 +12,7 @@ import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_plugin.rollout.engine import Completion, EngineError, EngineLostError, Health, SamplingParams, WrongModelError
 from megatron_plugin.rollout.vllm_model import ModelDescription, describe_model
@@ -20,14 +20,19 @@ from megatron_plugin.rollout.vllm_process import EngineOptions, ServerProcess, s
 from megatron_plugin.rollout.vllm_versions import check_vllm
 from megatron_plugin.rollout.vllm_wire import CONNECT_S, Wire
 
-__all__ = ["ModelDescription", "VLLMEngine", "connect_engine", "describe_model", "start_engine"]
+__all__ = ["VLLMEngine", "connect_engine", "start_engine"]
 
 
-def start_engine(options: EngineOptions) -> VLLMEngine:
-    """Start a child process and return it, STALE.  restart() starts it anew, close() ends it.  EngineLostError when it does not come up."""
+Engine = TypeVar("Engine", bound="VLLMEngine")
+
+
+def start_engine(options: EngineOptions, kind: type[Engine] | None = None) -> Engine:
+    """Start a child process and return it as a `kind` of VLLMEngine, STALE.  restart() starts it anew, close() ends it.
+
+    EngineLostError when it does not come up."""
     process = start_server(options)
     try:
-        return VLLMEngine(process.url, describe_model(options.model_dir), process=process, options=options)
+        return (kind or VLLMEngine)(process.url, describe_model(options.model_dir), process=process, options=options)
     except BaseException:
         process.stop()
         raise

@@ -6,40 +6,21 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from megatron_plugin.config import as_config_error
 from megatron_plugin.data import Prompt
-from megatron_plugin.losses.advantages import augmented_advantages, group_advantages, informative, overlong_penalty, reward_sums
+from megatron_plugin.losses.advantages import augmented_advantages, group_advantages, overlong_penalty, reward_sums
 from megatron_plugin.rollout.engine import Completion
 from megatron_plugin.rollout.log import RolloutLine
 from megatron_plugin.rollout.rewards import RewardResult, RewardSample, make_reward
-from megatron_plugin.trainer.batch import Group
+from megatron_plugin.trainer.batch import Group, Judged
 from megatron_plugin.trainer.leaders import Leaders
 from megatron_plugin.trainer.run import Run
 
-__all__ = ["Judge", "Judged"]
-
-
-@dataclass(frozen=True)
-class Judged:
-    """The completions of one prompt and what each is worth, the punishment of its length included."""
-
-    prompt: Prompt
-    completions: Sequence[Completion]
-    texts: Sequence[str]
-    results: Sequence[RewardResult]
-    rewards: Sequence[float]
-    demonstration: float | None = None
-    """Reward of the prompt's expert answer, where it joins the group (SRFT)."""
-
-    @property
-    def teaches(self) -> bool:
-        """Whether rewards differ: with equal ones every advantage is 0."""
-        joined = [] if self.demonstration is None else [self.demonstration]
-        return bool(informative([[*self.rewards, *joined]])[0])
+__all__ = ["Judge"]
 
 
 ByReplica = dict[int, list[Judged]]
@@ -110,10 +91,7 @@ class Judge:
             demos = [float(a) for a in of_demos]
         else:
             advantages, demos = group_advantages(rewards, scale=self.config.advantage_scale, sums=sums), [0.0] * len(rewards)
-        return [
-            Group(j.prompt, j.completions, j.texts, j.results, j.rewards, a.tolist(), demo)
-            for j, a, demo in zip(judged, advantages, demos, strict=True)
-        ]
+        return [Group(j, a.tolist(), demo) for j, a, demo in zip(judged, advantages, demos, strict=True)]
 
     def mean_reward(self, judged: ByReplica, unanswered: int) -> float:
         """Over all completions and `unanswered` ones worth 0, without the punishment of length; the same on every rank."""
@@ -133,9 +111,7 @@ class Judge:
                 counts["rewards"] += result.reward
                 counts["failures"] += result.cause in ("timeout", "memory", "crash", "error", "no reference")
                 counts["empty"] += not completion.token_ids or result.cause == "empty"
-        total: Counter[str] = Counter()
-        for each in self.leaders.everyone(counts):
-            total.update(each)  # not +, which drops a negative sum of rewards
+        total = self.leaders.added(counts)
         samples, groups = max(1, total["samples"]), max(1, total["groups"])
         return {
             "rollout/reward_mean": total["rewards"] / samples, "rollout/len_mean": total["tokens"] / samples,
@@ -145,15 +121,15 @@ class Judge:
 
     def lines(self, groups: dict[int, list[Group]], left_out: Sequence[Judged], *, step: int) -> list[RolloutLine]:
         """For rollouts.jsonl: what is trained on, then what dynamic sampling left out, which has no advantage."""
-        trained = [(group, group.advantages) for own in groups.values() for group in own]
+        trained = [(group.judged, group.advantages) for own in groups.values() for group in own]
         return [
             RolloutLine(
-                step=step, source=group.prompt.source, prompt=group.prompt.text, completion=text, tokens=len(completion.token_ids),
+                step=step, source=judged.prompt.source, prompt=judged.prompt.text, completion=text, tokens=len(completion.token_ids),
                 reward=result.reward, cause=result.cause, advantage=advantage, finish_reason=completion.finish_reason,
                 weight_version=completion.weight_version,
             )
-            for group, advantages in [*trained, *((judged, [math.nan] * len(judged.texts)) for judged in left_out)]
-            for completion, text, result, advantage in zip(group.completions, group.texts, group.results, advantages, strict=True)
+            for judged, advantages in [*trained, *((other, [math.nan] * len(other.texts)) for other in left_out)]
+            for completion, text, result, advantage in zip(judged.completions, judged.texts, judged.results, advantages, strict=True)
         ]  # fmt: skip
 
     def close(self) -> None:

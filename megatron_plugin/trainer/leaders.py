@@ -6,6 +6,7 @@ gloo groups of their own, whose timeout is as long as generation may take.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -67,19 +68,27 @@ class Leaders:
         dist.all_gather_object(said, value, group=self.world)
         return said
 
+    def added(self, counts: Counter[str]) -> Counter[str]:
+        """The sum of `counts` over all ranks, on every rank; sums of 0 and below are in it, which `+` would drop."""
+        total: Counter[str] = Counter()
+        for each in self.everyone(counts):
+            total.update(each)
+        return total
+
     def on_leaders(self, act: Callable[[], T]) -> T | None:
         """What `act` returns, on leaders; None elsewhere.  Where it raises on any leader, every rank raises, so that none is left waiting."""
-        result, failure, own = None, None, None
+        result, own = None, None
         if self.leads:
             try:
                 result = act()
             except Exception as error:
-                own, failure = error, (f"{type(error).__name__}: {error}", getattr(error, "exit_code", 1))
-        self.raise_first(failure, own)
+                own = error
+        self.raise_first(own)
         return result
 
-    def raise_first(self, failure: tuple[str, int] | None, own: Exception | None = None) -> None:
+    def raise_first(self, own: Exception | None) -> None:
         """Every rank says what failed here, if anything; all raise if any did, the one that knows more its own error."""
+        failure = None if own is None else (f"{type(own).__name__}: {own}", getattr(own, "exit_code", 1))
         said = [found for found in self.everyone(failure) if found]
         if own is not None:
             raise own

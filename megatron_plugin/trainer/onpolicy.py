@@ -132,7 +132,7 @@ class OnPolicy:
     def _experts(self, groups: Sequence[Group]) -> list[Sample]:
         """This replica's share of the step's expert samples: the next ones in order, or for srft the demonstrations of the groups' prompts."""
         if self.run.config.loss_name == "srft":
-            return [expert_sample(self.by_source[group.prompt.source], group.demonstration, extra=self.extra) for group in groups]
+            return [expert_sample(self.by_source[group.judged.prompt.source], group.demonstration, extra=self.extra) for group in groups]
         chosen, replicas = self.expert_order.next_step(), self.leaders.replicas
         mine = chosen[self.leaders.replica * len(chosen) // replicas : (self.leaders.replica + 1) * len(chosen) // replicas]
         return [expert_sample(self.experts[i], extra=self.extra) for i in mine]

@@ -21,10 +21,10 @@ from megatron_plugin.data import DataError, Prompt, PromptSet, RowOrder, encode_
 from megatron_plugin.rollout.engine import Completion, SamplingParams
 from megatron_plugin.rollout.fleet import Fleet, Generated, Request
 from megatron_plugin.rollout.log import RolloutLog, cut_rollouts
-from megatron_plugin.trainer.batch import Group
+from megatron_plugin.trainer.batch import Group, Judged
 from megatron_plugin.trainer.datasets import EvalSet
 from megatron_plugin.trainer.engines import Engines
-from megatron_plugin.trainer.judge import Judge, Judged
+from megatron_plugin.trainer.judge import Judge
 from megatron_plugin.trainer.leaders import Leaders
 from megatron_plugin.trainer.run import Run
 
@@ -197,10 +197,7 @@ class Rollouts:
             self.engines.recover()
         found = {r: [(p, completions[q.key]) for p, q in part if q.key in completions] for r, part in asked.items()} if self.leads else {}
         judged = self.leaders.on_leaders(lambda: {replica: self.judge.judge(part) for replica, part in found.items()}) or {}
-        total: Counter[str] = Counter()
-        for each in self.leaders.everyone(counted):
-            total.update(each)  # not +, which drops what is 0
-        return judged, total
+        return judged, self.leaders.added(counted)
 
 
 def _say(generated: Generated) -> None:

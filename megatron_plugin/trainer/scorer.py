@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_plugin.config.rollout_checks import CORRECTIONS
 from megatron_plugin.data import IGNORE_INDEX, Sample
 from megatron_plugin.hooks.mcore import device, groups
 from megatron_plugin.losses.advantages import sequence_weight
@@ -98,7 +99,7 @@ class Scorer:
 
 
 def _corrects_tokens(loss: TokenLoss) -> bool:
-    return any(name in loss.params for name in ("tis", "icepop_low", "icepop_high"))
+    return any(name in loss.params for name in CORRECTIONS)
 
 
 def _reference(run: Run) -> Reference:

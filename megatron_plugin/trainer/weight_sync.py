@@ -45,7 +45,7 @@ class WeightSync:
             failure = error
             for _ in tensors:  # to the end, where it is not there yet: the other ranks are gathering
                 pass
-        self.leaders.raise_first((f"{type(failure).__name__}: {failure}", getattr(failure, "exit_code", 1)) if failure else None, failure)
+        self.leaders.raise_first(failure)
         self.seconds += time.perf_counter() - start
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:

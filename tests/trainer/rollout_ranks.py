@@ -26,7 +26,8 @@ from megatron_plugin.rollout.log import read_rollouts
 from megatron_plugin.rollout.rewards import RewardResult
 from megatron_plugin.rollout.transports.shm import SharedMemory
 from megatron_plugin.trainer import engines as engines_module
-from megatron_plugin.trainer.judge import Judge, Judged
+from megatron_plugin.trainer.batch import Judged
+from megatron_plugin.trainer.judge import Judge
 from megatron_plugin.trainer.leaders import Leaders
 from megatron_plugin.trainer.onpolicy import OnPolicy
 from megatron_plugin.trainer.run import Run, start
@@ -190,7 +191,7 @@ def sleeps(group, *, overrides: dict) -> dict:
         source.rollouts.engines.sleeps = True  # which a CPU has not
         evaluated = source.rollouts.evaluate()
         groups, metrics = source.rollouts.batch()
-        found = {"evaluated": evaluated, "metrics": metrics, "answers": [len(g.completions) for g in groups], "words": list(source.fakes[0].said)}
+        found = {"evaluated": evaluated, "metrics": metrics, "answers": [len(g.judged.completions) for g in groups], "words": list(source.fakes[0].said)}
         words = [word for word in found["words"] if isinstance(word, str)]
         return found | {"words": words, "sent": source.fakes[0].sent}
 
@@ -203,9 +204,9 @@ def ahead(group, *, overrides: dict, faults: dict, steps: int, evaluates_at: int
             source.run.step = step
             groups, metrics = rollouts.batch()
             sent = {version: at for fake in source.fakes for version, at in fake.sent.items()}
-            behind = [step - sent[c.weight_version] for g in groups for c in g.completions]
+            behind = [step - sent[c.weight_version] for g in groups for c in g.judged.completions]
             found.append({
-                "sources": [g.prompt.source for g in groups], "versions": [{c.weight_version for c in g.completions} for g in groups],
+                "sources": [g.judged.prompt.source for g in groups], "versions": [{c.weight_version for c in g.judged.completions} for g in groups],
                 "metrics": metrics, "behind": sum(behind) / len(behind), "position": rollouts.position()["consumed"],
                 "restarts": [fake.restarts for fake in source.fakes],
             })  # fmt: skip
@@ -220,7 +221,7 @@ def refuses(group, *, overrides: dict, numbers: list[int]) -> dict:
     faults = {f"fake{rank}": {f"q{number}": "refuse" for number in numbers} for rank in range(2)}
     with on_policy(group, overrides, faults=faults) as source, _warnings() as said:
         groups, metrics = source.rollouts.batch()
-        return {"sources": [g.prompt.source for g in groups], "metrics": metrics, "said": said}
+        return {"sources": [g.judged.prompt.source for g in groups], "metrics": metrics, "said": said}
 
 
 def evaluates(group, *, overrides: dict, refused: list[int]) -> dict:
@@ -257,7 +258,7 @@ def one_leader_fails(group, *, overrides: dict, cases: list[str]) -> dict:
                 found[name] = outcome((lambda: rollouts.engines.refresh(source.run.step)) if sends else rollouts.batch)
         rollouts.engines.sleeps = False
         groups, metrics = rollouts.batch()
-        return found | {"after": ([len(g.completions) for g in groups], metrics["rollout/samples"], sorted(source.fakes[0].sent.values())[-1])}
+        return found | {"after": ([len(g.judged.completions) for g in groups], metrics["rollout/samples"], sorted(source.fakes[0].sent.values())[-1])}
 
 
 # -- test_judge.py ----------------------------------------------------------------------------------------------------------------------------------
@@ -281,7 +282,7 @@ def dynamic_sampling(group, *, overrides: dict, teaching: list[int]) -> dict:
     """A batch of groups that teach nothing but those of the questions `teaching`; the lines of rollouts.jsonl."""
     with on_policy(group, overrides, right=lambda number, index: index == 0 and number in teaching) as source:
         groups, metrics = source.rollouts.batch()
-        found = {"sources": [g.prompt.source for g in groups], "zero": [not any(g.advantages) for g in groups], "metrics": metrics}
+        found = {"sources": [g.judged.prompt.source for g in groups], "zero": [not any(g.advantages) for g in groups], "metrics": metrics}
         lines = _lines(source)
         return found | {"lines": [(line["source"], line["advantage"]) for line in lines], "position": source.rollouts.position()["consumed"]}
 

@@ -8,7 +8,7 @@ from megatron_plugin.losses.binding import bind
 from megatron_plugin.losses.objective import objective_of
 from megatron_plugin.rollout.engine import Completion
 from megatron_plugin.rollout.rewards import RewardResult
-from megatron_plugin.trainer.batch import Group, expert_sample, is_right, rollout_samples
+from megatron_plugin.trainer.batch import Group, Judged, expert_sample, is_right, rollout_samples
 from megatron_plugin.trainer.sources import token_inputs
 
 PROMPT = Prompt(token_ids=(5, 6, 7), text="?", reference="#### 1", source="x.jsonl:1")
@@ -20,7 +20,7 @@ def group(*results: RewardResult) -> Group:
         for length in (1 + i % 2 for i in range(len(results)))
     ]
     advantages = [1.0 - i for i in range(len(results))]
-    return Group(PROMPT, completions, [""] * len(results), results, [r.reward for r in results], advantages)
+    return Group(Judged(PROMPT, completions, [""] * len(results), results, [r.reward for r in results]), advantages)
 
 
 def test_prompt_is_not_trained_and_every_completion_token_has_its_columns():

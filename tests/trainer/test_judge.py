@@ -9,6 +9,7 @@ from megatron_plugin.data import Prompt, RowOrder
 from megatron_plugin.losses.binding import bind
 from megatron_plugin.rollout.engine import Completion
 from megatron_plugin.trainer.judge import Judge
+from megatron_plugin.trainer.leaders import Leaders
 from tests.spawn import on_ranks
 from tests.trainer.rollout_ranks import write_questions
 
@@ -16,10 +17,11 @@ RANKS = "tests.trainer.rollout_ranks"
 TEXTS = ("#### 3", "#### 4", "three")
 
 
-class Alone:
-    """One rank, its own leader."""
+class Alone(Leaders):
+    """One rank, its own leader, without a process group."""
 
-    leads, replicas, index, count, replica = True, 1, 0, 1, 0
+    def __init__(self):
+        self.leads, self.replicas, self.index, self.count, self.replica = True, 1, 0, 1, 0
 
     def everyone(self, value):
         return [value]

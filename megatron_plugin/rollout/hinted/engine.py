@@ -14,9 +14,8 @@ from megatron_plugin.rollout.engine import Completion, EngineError, SamplingPara
 from megatron_plugin.rollout.hinted.options import HintedOptions
 from megatron_plugin.rollout.hinted.pairs import TAKEN_PATH, PairReport, stream_arguments
 from megatron_plugin.rollout.hinted.vocabulary import TOKENIZER
-from megatron_plugin.rollout.vllm_http import VLLMEngine
-from megatron_plugin.rollout.vllm_model import describe_model
-from megatron_plugin.rollout.vllm_process import EngineOptions, start_server
+from megatron_plugin.rollout.vllm_http import VLLMEngine, start_engine
+from megatron_plugin.rollout.vllm_process import EngineOptions
 
 __all__ = ["HalfRequest", "PairEngine", "PairLimits", "paired_options", "start_pair_engine"]
 
@@ -79,13 +78,7 @@ def paired_options(options: EngineOptions, tokenizer: str | Path) -> EngineOptio
 
 def start_pair_engine(options: EngineOptions, tokenizer: str | Path) -> PairEngine:
     """Start a child process for pairs and return it, STALE.  EngineLostError when it does not come up."""
-    options = paired_options(options, tokenizer)
-    process = start_server(options)
-    try:
-        return PairEngine(process.url, describe_model(options.model_dir), process=process, options=options)
-    except BaseException:
-        process.stop()
-        raise
+    return start_engine(paired_options(options, tokenizer), PairEngine)
 
 
 class PairEngine(VLLMEngine):

@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 PY := .venv/bin/python
 export OMP_NUM_THREADS := 1
 
-.PHONY: test test-mutants test-versions lint demo demo-onpolicy demo-onpolicy-seeds demo-realign setup clean
+.PHONY: test test-mutants test-faults test-versions lint demo demo-onpolicy demo-onpolicy-seeds demo-realign setup clean
 setup: .venv/ok
 .venv/ok: requirements/py311-cpu.txt pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv .venv
@@ -19,6 +19,9 @@ lint: setup
 
 test-mutants: setup
 	$(PY) tests/mutants.py
+
+test-faults: setup
+	$(PY) -m tests.faults.run
 
 test-versions: setup
 	$(PY) tests/versions/run.py

@@ -14,8 +14,9 @@ from megatron_plugin.hooks.accelerators import start_up_line
 from megatron_plugin.hooks.mcore import check_megatron_core
 from megatron_plugin.trainer.metrics import RunLog, read_metrics, step_metrics
 from megatron_plugin.trainer.plots import plot_curves
-from megatron_plugin.trainer.run import NonFiniteError, Run, record, save, start
+from megatron_plugin.trainer.run import Run, record, save, start
 from megatron_plugin.trainer.supervised import Supervised
+from megatron_plugin.trainer.update import NonFiniteError
 from megatron_plugin.trainer.world import seed_everything, world
 
 __all__ = ["NonFiniteError", "train"]

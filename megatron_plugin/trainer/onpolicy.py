@@ -22,10 +22,11 @@ from megatron_plugin.trainer.batch import Group, expert_sample, rollout_samples
 from megatron_plugin.trainer.leaders import Leaders
 from megatron_plugin.trainer.mixed import MixedRows, mix, train_mixed
 from megatron_plugin.trainer.rollouts import Rollouts
-from megatron_plugin.trainer.run import Run, optimizer_step
+from megatron_plugin.trainer.run import Run
 from megatron_plugin.trainer.scorer import Scorer
 from megatron_plugin.trainer.sources import is_expert
 from megatron_plugin.trainer.supervised import nll
+from megatron_plugin.trainer.update import optimizer_step
 
 __all__ = ["EmptyStepError", "OnPolicy"]
 

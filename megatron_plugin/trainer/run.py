@@ -1,10 +1,8 @@
-"""A run: what is built once, where it starts, and one optimizer step of it."""
+"""A run: what is built once, where it starts, and what is kept of it."""
 
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,18 +18,11 @@ from megatron_plugin.hooks.self_test import check_normalisation
 from megatron_plugin.losses.binding import bind
 from megatron_plugin.losses.contract import TokenLoss
 from megatron_plugin.ops import Head
-from megatron_plugin.schedules.ramp import ramp_schedule
 from megatron_plugin.trainer import checkpoint as checkpoints
 from megatron_plugin.trainer.datasets import Datasets, prepare_datasets
 from megatron_plugin.trainer.model import build_model, build_optimizer, transformer_config
 
-__all__ = ["NonFiniteError", "Run", "optimizer_step", "record", "save", "start"]
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or the gradient is not a number; no weight was changed by the step."""
-
-    exit_code = 17
+__all__ = ["Run", "record", "save", "start"]
 
 
 @dataclass
@@ -99,44 +90,10 @@ def _with_ramp(config: Config, loss: TokenLoss) -> tuple[TokenLoss, Tensor | Non
     return bind(loss, ramp=ramp), ramp
 
 
-def _set_ramp(run: Run) -> dict[str, float]:
-    """The ramp of the coming step, a function of the step alone: a resumed run has that of the undisturbed one."""
-    if run.ramp is None:
-        return {}
-    schedule = run.config.ramp
-    ramp = ramp_schedule(
-        run.step, run.config.train.steps, warmup_ratio=schedule.warmup_ratio, transition_ratio=schedule.transition_ratio
-    )
-    run.ramp.fill_(ramp)
-    return {"ramp": ramp}
-
-
 def record(run: Run) -> None:
     """The run's configuration in its directory; only when everything else has been accepted: a refused command must not change a run's record."""
     if dist.get_rank() == 0:
         save_config(run.config, Path(run.config.run_dir) / "config.yaml")
-
-
-def optimizer_step(run: Run, gradients: Callable[[], dict[str, float]], samples: Callable[[], str]) -> dict[str, float]:
-    """Zero the gradients, form them by `gradients` (which returns the step's means), and step; the means, grad_norm, lr and the ramp if there is one.
-
-    NonFiniteError, which names `samples()`, before the weights are touched if loss or gradient is not a number."""
-    ramp = _set_ramp(run)
-    for chunk in run.chunks:
-        chunk.zero_grad_buffer()
-    run.optimizer.zero_grad()
-    means = gradients()
-    if not math.isfinite(means["lm loss"]):
-        raise NonFiniteError(f"step {run.step + 1}: the loss is {means['lm loss']}, no weight was changed; the step's samples: {samples()}")
-    run.optimizer.prepare_grads()
-    grad_norm = float(run.optimizer.get_grad_norm())
-    if not math.isfinite(grad_norm):  # megatron-core would clip nothing and step
-        raise NonFiniteError(f"step {run.step + 1}: the gradient norm is {grad_norm}, no weight was changed; the step's samples: {samples()}")
-    lr = run.optimizer.param_groups[0]["lr"]
-    run.optimizer.step()
-    run.scheduler.step(increment=1)
-    run.step += 1
-    return means | {"grad_norm": grad_norm, "lr": lr} | ramp
 
 
 def save(run: Run, position: dict[str, Any]) -> None:

@@ -9,8 +9,9 @@ from megatron_plugin.data import DataError, RowOrder, eval_steps
 from megatron_plugin.losses.probe import metric_names
 from megatron_plugin.trainer.answers import accuracy
 from megatron_plugin.trainer.datasets import EvalSet
-from megatron_plugin.trainer.run import Run, optimizer_step
+from megatron_plugin.trainer.run import Run
 from megatron_plugin.trainer.step import run_rows
+from megatron_plugin.trainer.update import optimizer_step
 
 __all__ = ["Supervised", "nll"]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from megatron_plugin.losses.cll import cll_counts
+from megatron_plugin.losses.probability import probability_counts
 from megatron_plugin.losses.reduction import LossOutput
 
 __all__ = ["check_normalised_per_step", "check_will_be_divided", "loss_scale", "metric_pairs", "report", "token_means"]
@@ -25,9 +26,10 @@ def report(loss_sum: Tensor, output: LossOutput, *, num_tokens: Tensor | None = 
 
 
 def metric_pairs(output: LossOutput) -> dict[str, Tensor]:
-    """{name: [sum, tokens]} of everything measured but the loss itself, and how many tokens are how surprising (losses/cll.py)."""
+    """{name: [sum, tokens]} of everything measured but the loss itself, and how many tokens are how surprising (losses/cll.py) and how probable."""
     count = output.num_tokens.float()
-    sums = output.metric_sums | cll_counts(output.per_token.logp, output.per_token.entropy)
+    logp, entropy = output.per_token.logp, output.per_token.entropy
+    sums = output.metric_sums | cll_counts(logp, entropy) | probability_counts(logp)
     return {name: torch.stack([value.float(), count]) for name, value in sums.items() if name != "loss"}
 
 

@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from megatron_plugin.losses.cll import CLL_METRICS
 from megatron_plugin.losses.contract import BASE_METRICS, LossFunction, TermsError, TokenInputs, TokenLoss, TokenStats
+from megatron_plugin.losses.probability import PROBABILITY_METRICS
 
 __all__ = ["check_once", "is_token_local", "metric_names", "own_metrics", "saving_as_it_is"]
 
@@ -214,4 +215,4 @@ def metric_names(loss: TokenLoss, given: frozenset[str] = frozenset()) -> list[s
     ValueError where the loss needs more: supervised training has no advantage to give, say.
     """
     own = own_metrics(loss, given)
-    return ["lm loss", *(name for name in BASE_METRICS if name != "loss"), *CLL_METRICS, *own, *loss.regularisers]
+    return ["lm loss", *(name for name in BASE_METRICS if name != "loss"), *CLL_METRICS, *PROBABILITY_METRICS, *own, *loss.regularisers]

@@ -1,0 +1,1 @@
+"""Pages about what was run: one HTML file that needs nothing else."""

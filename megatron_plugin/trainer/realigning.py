@@ -21,32 +21,23 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_plugin.config import ConfigError, as_config_error
 from megatron_plugin.data import ConversationEncoder, DataError, iter_lines, load_tokenizer, true_vocab_size
 from megatron_plugin.data.claim import claim, file_sha256
 from megatron_plugin.data.scores import ScoreFile, read_scores
-from megatron_plugin.hooks.weights.files import HFReader
 from megatron_plugin.rollout.engine import SamplingParams
 from megatron_plugin.rollout.hinted.decode import HintedDecoder
 from megatron_plugin.rollout.hinted.engine import start_pair_engine
 from megatron_plugin.rollout.hinted.options import HintedOptions
 from megatron_plugin.rollout.hinted.realign import ANALYSIS_PROMPT, Realigner, RealignOptions
 from megatron_plugin.rollout.rewards import make_reward
-from megatron_plugin.rollout.transfer import send_weights
-from megatron_plugin.rollout.transports.shm import SharedMemory
 from megatron_plugin.rollout.vllm_model import read_config
-from megatron_plugin.rollout.vllm_process import EngineOptions
+from megatron_plugin.trainer.hf_engine import end_ids, engine_options, started
 from megatron_plugin.trainer.realign_summary import Ticker, summary
 
 __all__ = ["RealignTask", "realign_file"]
 
-LONGEST = 32768
-"""Tokens of the context where none is asked for: the authors' analysis of 16 384 and answer of 8 192, and the prompt."""
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 OF_DECODING = ("beta", "temperature", "max_tokens", "splitter", "seed")
-IGNORED = ("rotary_emb.inv_freq",)  # in old Llama directories; computed, not loaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +97,10 @@ class _Realigning:
                               "would end; set eos_token in tokenizer_config.json")  # fmt: skip
         with as_config_error("realign"):
             self.hinted = HintedOptions(vocab_size=vocab_size, end_ids=ends, **{name: getattr(task, name) for name in OF_DECODING})
-            self.engine_options = engine_options(task, self.config)
+            self.engine_options = engine_options(
+                task.model, context=task.context, memory=task.memory, max_num_seqs=2 * task.concurrency, tensor=task.tensor, seed=task.seed,
+                log=str(task.out / "engine.log"),
+            )  # fmt: skip
             self.reward = make_reward(task.reward)
         self.file: ScoreFile | None = None
 
@@ -161,17 +155,8 @@ class _Realigning:
 
     @contextlib.contextmanager
     def _decoder(self) -> Iterator[HintedDecoder]:
-        """With an engine that has the directory's weights, sent as a trainer would: only so does it refuse a set that is not full, and say which
-        weights drew a token."""
-        weights, options = HFReader(self.task.model), self.engine_options  # a directory without weights is refused before the engine is started
-        print(f"starting vLLM on {self.task.model} (log: {options.log})", flush=True)
-        engine = start_pair_engine(options, self.task.model)
-        try:
-            tensors = weights_of(weights, tied=bool(self.config.get("tie_word_embeddings", False)))
-            send_weights([engine], tensors, version=1, transport=SharedMemory(), dtype=DTYPES[options.dtype])
+        with started(self.engine_options, lambda options: start_pair_engine(options, self.task.model)) as engine:
             yield HintedDecoder(engine, self.hinted, self.tokenizer)
-        finally:
-            engine.close()
 
     @contextlib.contextmanager
     def _files(self) -> Iterator[None]:
@@ -207,33 +192,3 @@ def write_results(outcomes: Path) -> None:
 def _lines(task: RealignTask) -> int:
     with open(task.data, "rb") as file:
         return sum(1 for _ in islice(file, task.samples or None))
-
-
-def end_ids(tokenizer: Any, model: Path) -> tuple[int, ...]:
-    """Tokens that end an answer: the tokenizer's, and those of generation_config.json and config.json."""
-    found = {tokenizer.eos_token_id}
-    for name in ("generation_config.json", "config.json"):
-        if (model / name).is_file():
-            ends = json.loads((model / name).read_text("utf-8")).get("eos_token_id")
-            found |= set(ends) if isinstance(ends, list) else {ends}
-    return tuple(sorted(found - {None}))
-
-
-def engine_options(task: RealignTask, config: dict[str, Any]) -> EngineOptions:
-    """Of the pair engine.  ValueError for what no engine can be started with."""
-    dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-    if dtype not in DTYPES:
-        raise ValueError(f"got dtype {dtype!r} in config.json, expected one of {', '.join(DTYPES)}")
-    context = task.context or min(LONGEST, config.get("max_position_embeddings") or LONGEST)
-    return EngineOptions(
-        model_dir=str(task.model), dtype=dtype, max_model_len=context, max_num_seqs=2 * task.concurrency, tensor=task.tensor,
-        gpu_memory_utilization=task.memory or 0.9, kv_cache_bytes=int((task.memory or 0.25) * 2**30), seed=task.seed,
-        log=str(task.out / "engine.log"),
-    )  # fmt: skip
-
-
-def weights_of(reader: HFReader, *, tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of a directory, one at a time; of tied weights the embedding alone."""
-    for name in reader.names:
-        if not name.endswith(IGNORED) and not (tied and name == "lm_head.weight"):
-            yield name, reader.read(name, 0, 0, None)

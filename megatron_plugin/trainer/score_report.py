@@ -11,6 +11,7 @@ import torch
 from megatron_plugin.data import Conversation, ConversationEncoder, DataError, iter_lines
 from megatron_plugin.data.scores import Summary
 from megatron_plugin.losses.cll import CLL_BELOW
+from megatron_plugin.report.page import cell, write_page
 
 __all__ = ["write_report"]
 
@@ -33,14 +34,15 @@ NAMES = {"cll": "cll = log p + H", "logp": "log p", "entropy": "entropy H", "p":
 def write_report(
     out: Path, found: Summary, *, data: Path, model: str, seq_length: int, encoder: ConversationEncoder, train_on: str
 ) -> str:
-    """OUT/report.md and OUT/cll.png; returns the first paragraph, for the terminal."""
+    """OUT/report.md, the same as OUT/report.html, and OUT/cll.png; returns the first paragraph, for the terminal."""
     verdict = _verdict(found)
     counts = (f"{found.samples} of {found.lines} lines scored, {found.tokens} answer tokens; {found.truncated} samples cut to {seq_length} tokens, "
               f"{sum(found.problems.values())} lines not scored")  # fmt: skip
-    parts = [f"# {data.name} under {model}", verdict, counts + _problems(found), "![histogram](cll.png)", _numbers(found), _quantiles(found),
+    parts = [f"# {cell(data.name)} under {cell(model)}", verdict, counts + _problems(found), "![histogram](cll.png)", _numbers(found), _quantiles(found),
              _worst(found, data, seq_length, encoder, train_on), _explanation(found)]  # fmt: skip
     (out / "report.md").write_text("\n\n".join(parts) + "\n", "utf-8")
     _draw(found, out / "cll.png", title=f"{data.name}: {found.samples} samples")
+    write_page(out / "report.html", "\n\n".join(parts), title=f"{data.name} under {model}")
     return f"{verdict}\n{counts}"
 
 
@@ -99,11 +101,7 @@ def _around(encoder: ConversationEncoder, conversation: Conversation, place: int
     except DataError:
         return ""
     before, token = (encoder.tokenizer.decode(part) for part in (ids[max(0, place - CONTEXT) : place], ids[place : place + 1]))
-    return f"{_cell(before)}**{_cell(token) or '(nothing)'}**"
-
-
-def _cell(text: str) -> str:
-    return "".join({"\n": "\\n", "|": "\\|", "*": "\\*", "`": "'"}.get(c, c) for c in text if c.isprintable() or c == "\n")
+    return f"{cell(before)} **{cell(token.replace(' ', '␣')) or '(nothing)'}**"  # behind a space, or punctuation would not be bold
 
 
 def _explanation(found: Summary) -> str:

@@ -2,7 +2,7 @@
 
     OUT/scores.jsonl     a line for each line of the data, in its order (data/scores.py); a second start goes on where it ends
     OUT/score.json       what was scored with what: another model or another file is refused
-    OUT/report.md        one page, and cll.png beside it (trainer/score_report.py)
+    OUT/report.html      one page (trainer/score_report.py), also as report.md with cll.png beside it
 
 Lines are read as they are needed, a window at a time: memory does not grow with the file.  Data-parallel ranks share a window's samples; the
 ranks of one replica score the same ones.
@@ -239,4 +239,4 @@ class _Scoring:
         print(page, flush=True)
         if self.file.lines > done:
             print(f"{self.file.lines - done} lines, {tokens} answer tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s", flush=True)
-        print(f"{self.task.out}: scores.jsonl report.md cll.png", flush=True)
+        print(f"{self.task.out}: scores.jsonl report.html report.md cll.png", flush=True)

@@ -15,7 +15,7 @@ from megatron_plugin import cli
 from megatron_plugin.data import load_tokenizer, read_conversations, train_tokenizer
 from megatron_plugin.hooks.weights.files import HFReader
 from megatron_plugin.rollout.engine import EngineLostError
-from megatron_plugin.trainer import realigning
+from megatron_plugin.trainer import hf_engine, realigning
 from megatron_plugin.trainer.realign_summary import Ticker
 from tests.rollout.scripted import Scripted
 from tests.rollout.vllm_models import make_model, weights_of
@@ -164,9 +164,9 @@ def edited(model_dir, folder, **changes):
 
 
 def test_a_tokenizer_without_an_end_or_a_template_or_too_large_is_refused(go, model_dir, tmp_path, capsys):
-    assert realigning.end_ids(load_tokenizer(model_dir), model_dir) == (2, 5), "of tokenizer and config.json"
+    assert hf_engine.end_ids(load_tokenizer(model_dir), model_dir) == (2, 5), "of tokenizer and config.json"
     endless = edited(model_dir, tmp_path / "endless", eos_token=None)
-    assert realigning.end_ids(load_tokenizer(endless), endless) == (2, 5)
+    assert hf_engine.end_ids(load_tokenizer(endless), endless) == (2, 5)
     (endless / "config.json").write_text(json.dumps({"max_position_embeddings": 99}))
     code, model = go("--out", str(tmp_path / "b"), model=endless)
     assert code == 2 and model is None and "a tokenizer without an end token" in capsys.readouterr().err
@@ -214,5 +214,5 @@ def test_the_weights_that_are_sent_are_the_directorys(tmp_path, tied):
     model = make_model(tmp_path, "qwen2", tied=tied)
     extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}
     save_file({name: tensor.clone() for name, tensor in model.state_dict().items()} | extra, tmp_path / "model.safetensors")
-    sent, expected = dict(realigning.weights_of(HFReader(tmp_path), tied=tied)), dict(weights_of(model))
+    sent, expected = dict(hf_engine.weights_of(HFReader(tmp_path), tied=tied)), dict(weights_of(model))
     assert sent.keys() == expected.keys() and all(torch.equal(sent[name], expected[name]) for name in sent)

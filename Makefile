@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 PY := .venv/bin/python
 export OMP_NUM_THREADS := 1
 
-.PHONY: test test-mutants test-faults test-versions lint demo demo-onpolicy demo-onpolicy-seeds demo-realign setup clean
+.PHONY: test test-mutants test-faults test-versions test-parity lint demo demo-onpolicy demo-onpolicy-seeds demo-realign dynamics setup clean
 setup: .venv/ok
 .venv/ok: requirements/py311-cpu.txt pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv .venv
@@ -26,6 +26,9 @@ test-faults: setup
 test-versions: setup
 	$(PY) tests/versions/run.py
 
+test-parity: setup
+	$(PY) -m tests.parity.run
+
 demo: setup
 	$(PY) examples/demo.py
 
@@ -37,6 +40,9 @@ demo-onpolicy-seeds: setup
 
 demo-realign: setup
 	$(PY) examples/demo_realign.py
+
+dynamics: setup
+	for study in chord_entropy dft_generalise chord_shift realign srft_stages page; do $(PY) -m benchmarks.dynamics.$$study || exit 1; done
 
 clean:
 	rm -rf .venv build dist *.egg-info

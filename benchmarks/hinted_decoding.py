@@ -2,16 +2,18 @@
 
     python -m benchmarks.hinted_decoding                    # 5 M and 100 M parameters, fp32
     python -m benchmarks.hinted_decoding --sizes 5M --rounds 3
+    python -m benchmarks.hinted_decoding --threads 2        # on a machine that does nothing else: threads that wait spin
 
-Tokens per second of answers (each is drawn once and appended to both streams), medians of rounds in which the two take turns on the same machine with one
-thread each.  Before anything is timed, what vLLM says of its tokens is compared with Hugging Face's forward of both streams: pairs that are not mixed would
-be fast, too.
+Tokens per second of answers (each is drawn once and appended to both streams), medians of rounds in which the two take turns on the same machine with as
+many threads each; Hugging Face with fewer where that is faster.  And CPU seconds, which a busy machine changes less.  Before anything is timed, what vLLM
+says of its tokens is compared with Hugging Face's forward of both streams: pairs that are not mixed would be fast, too.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -28,7 +30,7 @@ from megatron_plugin.rollout.hinted.lockstep import decode_in_lockstep, mixed_di
 from megatron_plugin.rollout.hinted.options import HintedOptions
 from megatron_plugin.rollout.transfer import send_weights
 from megatron_plugin.rollout.transports.shm import SharedMemory
-from megatron_plugin.rollout.vllm_process import EngineOptions
+from megatron_plugin.rollout.vllm_process import EngineOptions, _members
 from megatron_plugin.rollout.vllm_versions import installed_vllm
 
 TARGET = 10.0  # times the tokens per second
@@ -64,29 +66,30 @@ def _prompts(vocabulary: int, rounds: int) -> list[list[HintedPrompt]]:
     return made
 
 
-def _measure(size: str, tokens: int, rounds: int) -> dict:
+def _measure(size: str, tokens: int, rounds: int, threads: int) -> dict:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = _model(folder, size)
         vocabulary = model.config.vocab_size
         tokenizer = train_tokenizer(["a text for a tokenizer"], folder / "tokenizer", vocab_size=270)
         options = HintedOptions(vocab_size=vocabulary, end_ids=(vocabulary - 1,), max_tokens=tokens)  # the authors' defaults otherwise
-        engine = start_pair_engine(
-            EngineOptions(
-                model_dir=name, dtype="float32", max_model_len=1024, max_num_seqs=2 * PAIRS, kv_cache_bytes=3 << 30, log=f"{name}/log"
-            ),
-            folder / "tokenizer",
-        )
+        served = EngineOptions(
+            model_dir=name, dtype="float32", max_model_len=1024, max_num_seqs=2 * PAIRS, kv_cache_bytes=3 << 30, threads=threads, log=f"{name}/log"
+        )  # fmt: skip
+        engine = start_pair_engine(served, folder / "tokenizer")
         try:
             send_weights([engine], model.state_dict().items(), version=1, transport=SharedMemory())
             decoder = HintedDecoder(engine, options, tokenizer)
             batches = _prompts(vocabulary, rounds + 1)
             off = _warm_up(model, decoder, options, batches.pop())
-            rows = [_round(model, decoder, options, batch) for batch in batches]
+            rows = [_round(model, decoder, options, batch, threads) for batch in batches]
         finally:
             engine.close()
-    together, alone = (statistics.median(row[kind] for row in rows) for kind in ("vllm", "alone"))
-    return dict(size=size, pairs=PAIRS, tokens=tokens, rounds=rows, vllm=together, alone=alone, times=together / alone, off_nats=off)
+    middle = {kind: statistics.median(row[kind] for row in rows) for kind in ("vllm", "alone", "vllm_cpu", "alone_cpu")}
+    return dict(
+        size=size, pairs=PAIRS, tokens=tokens, threads=threads, rounds=rows, **middle, times=middle["vllm"] / middle["alone"],
+        times_cpu=middle["alone_cpu"] / middle["vllm_cpu"], off_nats=off,
+    )  # fmt: skip
 
 
 def _warm_up(model, decoder: HintedDecoder, options: HintedOptions, prompts: list[HintedPrompt]) -> float:
@@ -106,14 +109,27 @@ def _warm_up(model, decoder: HintedDecoder, options: HintedOptions, prompts: lis
     return worst
 
 
-def _round(model, decoder: HintedDecoder, options: HintedOptions, prompts: list[HintedPrompt]) -> dict[str, float]:
-    """Tokens per second: of one answer by Hugging Face, then of all of them by vLLM."""
-    begin = time.perf_counter()
-    answer = decode_in_lockstep(model, prompts[0].plain_ids, prompts[0].hinted_ids, options, decoder.tokenizer)
-    middle = time.perf_counter()
+def _round(model, decoder: HintedDecoder, options: HintedOptions, prompts: list[HintedPrompt], threads: int) -> dict:
+    """Tokens per second, and CPU milliseconds per token: of one answer by Hugging Face, then of all of them by vLLM and this process."""
+    alone = []
+    for count in sorted({1, threads}):
+        torch.set_num_threads(count)
+        begin, cpu = time.perf_counter(), time.process_time()
+        answer = decode_in_lockstep(model, prompts[0].plain_ids, prompts[0].hinted_ids, options, decoder.tokenizer)
+        tokens = len(answer.token_ids)
+        alone.append((tokens / (time.perf_counter() - begin), 1e3 * (time.process_time() - cpu) / tokens))
+    torch.set_num_threads(1)
+    begin, cpu = time.perf_counter(), _cpu_seconds(decoder)
     run = decoder.run(prompts)
-    end = time.perf_counter()
-    return {"alone": len(answer.token_ids) / (middle - begin), "vllm": run.tokens / (end - middle), "torn": run.torn}
+    seconds, cpu = time.perf_counter() - begin, _cpu_seconds(decoder) - cpu
+    fastest, alone_cpu = max(alone)
+    return {"alone": fastest, "alone_cpu": alone_cpu, "vllm": run.tokens / seconds, "vllm_cpu": 1e3 * cpu / run.tokens, "torn": run.torn}
+
+
+def _cpu_seconds(decoder: HintedDecoder) -> float:
+    """Of this process and all of the server's, since they were started."""
+    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in _members(decoder.engine.process.popen.pid)]
+    return time.process_time() + sum(int(field[11]) + int(field[12]) for field in fields) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
@@ -121,22 +137,26 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--tokens", type=int, default=256, help="of each answer")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1, help="of each of the two")
     parser.add_argument("--out", help="JSON of all rounds and the machine")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     facts = describe("cpu") | {"vllm": installed_vllm()}
     print(
-        f"{facts['cpu']}, {facts['cores']} cores, load {facts['load_before']}, vLLM {facts['vllm']}, torch {torch.__version__}, commit {facts['commit']}"
+        f"{facts['cpu']}, {facts['cores']} cores, load {facts['load_before']}, vLLM {facts['vllm']}, torch {torch.__version__}, commit {facts['commit']}, "
+        f"threads {chosen.threads}"
     )
     rows = []
     for size in chosen.sizes:
-        rows.append(row := _measure(size, chosen.tokens, chosen.rounds))
+        rows.append(row := _measure(size, chosen.tokens, chosen.rounds, chosen.threads))
         for one in row["rounds"]:
             print(
-                f"  {size}: one pair at a time {one['alone']:8.2f} tokens/s   {PAIRS} pairs in vLLM {one['vllm']:8.1f} tokens/s   out of step {len(one['torn'])}"
+                f"  {size}: one pair at a time {one['alone']:8.2f} tokens/s, {one['alone_cpu']:6.2f} ms of CPU a token   "
+                f"{PAIRS} pairs in vLLM {one['vllm']:8.1f} tokens/s, {one['vllm_cpu']:6.3f} ms   out of step {len(one['torn'])}"
             )
         print(f"{size}, {row['tokens']} tokens, medians: {row['alone']:.2f} and {row['vllm']:.1f} tokens/s, {row['times']:.1f} times; target {TARGET:g} times "
-              f"{'met' if row['times'] >= TARGET else 'missed'}; worst disagreement {row['off_nats']:.2g} nats", flush=True)  # fmt: skip
+              f"{'met' if row['times'] >= TARGET else 'missed'}; CPU {row['times_cpu']:.1f} times less; worst disagreement {row['off_nats']:.2g} nats",
+              flush=True)  # fmt: skip
     if chosen.out:
         Path(chosen.out).write_text(json.dumps({"machine": facts, "rows": rows}, indent=1))
 

@@ -16,8 +16,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from megatron_plugin.trainer.metrics import read_metrics
-from megatron_plugin.trainer.plots import plot_curves
+from megatron_plugin.report.lines import read_metrics
+from megatron_plugin.report.plots import plot_curves
 
 ROOT = Path(__file__).parent.parent
 ARMS = ("sft", "dft", "chord_phi")

@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_plugin.data import generate
-from megatron_plugin.trainer.metrics import read_metrics
-from megatron_plugin.trainer.plots import plot_curves
+from megatron_plugin.report.lines import read_metrics
+from megatron_plugin.report.plots import plot_curves
 
 ROOT = Path(__file__).parent.parent
 WARM_STEPS, STEPS, SFT_STEPS = 350, 30, 10

@@ -1,4 +1,4 @@
-"""`megatron-plugin doctor`: what is installed here, what of it is used, what is broken and how to mend it.
+"""`megatron-plugin doctor`: what is installed here, what of it is used, what is broken and how to mend it; with --data, the same of data files.
 
 Three kinds of lines: "ok", "note" (something is missing or idle that is not needed) and "BROKEN".  Nothing is changed, except that the C++
 kernels are compiled if they were not yet.
@@ -11,11 +11,11 @@ import platform
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
-__all__ = ["BrokenError", "Finding", "examine", "report"]
+__all__ = ["BrokenError", "Finding", "examine", "report", "report_data"]
 
 SUPPORTED = ((0, 14), (0, 19))
 """Minor versions of megatron-core, first and last: hooks/VERSIONS.md."""
@@ -57,6 +57,27 @@ def report() -> None:
             broken += [finding.what] if finding.state == "BROKEN" else []
     if broken:
         raise BrokenError(f"broken here: {', '.join(broken)}; the lines above say what to do")
+
+
+def report_data(files: Sequence[str], *, tokenizer: str, seq_length: int, train_on: str, shown: int) -> None:
+    """Prints what data/scan.py finds in each file.  DataError, exit code 4, when a line or a file is bad.
+
+    tokenizer: a directory, which makes each line be tokenised too, and compared with seq_length (0: any length); empty: only read."""
+    from megatron_plugin.data import ConversationEncoder, DataError, load_tokenizer
+    from megatron_plugin.data.scan import scan_file
+
+    encoder = ConversationEncoder(load_tokenizer(tokenizer)) if tokenizer else None
+    lines = bad = unreadable = 0
+    for file in files:
+        scan = scan_file(file, train_on=train_on, encoder=encoder, seq_length=seq_length, shown=shown)
+        for line in scan.report():
+            print(line, flush=True)
+        lines, bad, unreadable = lines + scan.lines, bad + sum(scan.bad.values()), unreadable + (scan.problem is not None)
+    if unreadable:
+        raise DataError(f"{unreadable} of {len(files)} files cannot be read, {bad} of {lines} lines of the others are bad: see above")
+    if bad:
+        raise DataError(f"{bad} of {lines} lines are bad: the lines above say which and why; training stops at them, or with data.on_bad_line=skip "
+                        "leaves out up to the share data.max_bad_fraction")  # fmt: skip
 
 
 def examine() -> Iterator[Finding]:

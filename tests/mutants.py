@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests import mutants_ddt
 from tests.plant import Mutant, main
 
 OPS, STATS, BAD = "tests/test_ops.py", "tests/kernels/test_token_stats.py", "tests/kernels/test_bad_rows.py"
@@ -191,10 +192,10 @@ MUTANTS = [
     Mutant("k3 over expert tokens too", "megatron_plugin/trainer/sources.py", 'torch.expm1(difference) - difference, tokens["rollout"]', "torch.expm1(difference) - difference, live", f"{MIXED} -k 'computed_apart and TP1'"),
     Mutant("the model's own weights are lost in the swap", "megatron_plugin/trainer/reference.py", "kept.copy_(own", "kept.copy_(live", "tests/trainer/test_reference.py -k 'leaves_no_bit and TP1'"),
     Mutant("a half exchange is undone as a whole one", "megatron_plugin/trainer/reference.py", "self._exchange(self._swapped, back=True)", "self._exchange(len(self._live), back=True)", "tests/trainer/test_reference.py -k half_way"),
-    Mutant("engines with older weights are asked too", R + "fleet.py", "return [slot for slot in healthy if slot.version == newest]", "return healthy", f"{FLEET} -k older_weights"),
+    Mutant("engines with older weights are asked too", R + "fleet.py", "return [slot for slot in usable if slot.version == newest]", "return usable", f"{FLEET} -k older_weights"),
     Mutant("an answer of a lost engine counts", R + "dispatch.py", "        if attempt in self.running and attempt.slot.cause is None:", "        if attempt in self.running:", f"{LOST} -k midst"),
     Mutant("a lost engine's requests are forgotten", R + "dispatch.py", "                self.pending.appendleft(attempt.request)\n", "", f"{LOST} -k elsewhere"),
-    Mutant("what a STALE engine refuses is blamed on the prompt", R + "dispatch.py", "_is_refusal(error) and _is_healthy(engine)", "_is_refusal(error)", f"{LOST} -k stale"),
+    Mutant("what a STALE engine refuses is blamed on the prompt", R + "dispatch.py", "if is_refusal(outcome) and health is Health.HEALTHY:", "if is_refusal(outcome):", f"{LOST} -k stale"),
     Mutant("completions of other weights are taken", R + "dispatch.py", "if completion.weight_version != self.version:", "if False:", f"{LOST} -k elsewhere"),
     Mutant("a prompt that kills engines kills them all", R + "dispatch.py", "if self.tries[key] < MAX_TRIES:", "if True:", f"{LOST} -k kills"),
     Mutant("a closed fleet waits for an engine that hangs", R + "dispatch.py", "POLL_S = 0.5", "POLL_S = 500", f"{RESTARTS} -k signal"),
@@ -215,7 +216,7 @@ MUTANTS = [
     Mutant("a torn line is glued to the next", R + "log.py", 'if not line.endswith(b"\\n"):', "if False:", "tests/rollout/test_log.py"),
     Mutant("weight versions may go back", R + "vllm_http.py", "if version <= (newest := self.newest_version):", "if version <= (newest := -2):", f"{HTTP} -k never_go_back"),
     Mutant("the old weights are served while the new ones come", R + "vllm_http.py", "        self.weight_version = None\n        self._updating = version\n", "        self._updating = version\n", f"{HTTP} -k half_an_update"),
-    Mutant("nobody looks whose weights drew a completion", R + "vllm_http.py", "if token_ids and versions != {str(version)}:", "if False:", f"{HTTP} -k that_are_none"),
+    Mutant("nobody looks whose weights drew a completion", R + "vllm_answer.py", "if token_ids and versions != {str(version)}:", "if False:", f"{HTTP} -k that_are_none"),
     Mutant("an engine that was restarted by others counts as updated", R + "vllm_http.py", "            if self.weight_version == version:  # else an update of our own came between\n                self.weight_version = None\n", "", f"{HTTP} -k that_are_none"),
     Mutant("an answer that waited behind an update spoils it", R + "vllm_http.py", "            if self.weight_version == version:  # else", "            if True:  # else", f"{HTTP} -k before_an_update"),
     Mutant("a request goes to a connection that the server closes", R + "vllm_wire.py", "max_keepalive_connections=0", "max_keepalive_connections=64", f"{HTTP} -k refusal_is_not_a_loss"),
@@ -228,8 +229,8 @@ MUTANTS = [
     Mutant("points for format make an answer right", "megatron_plugin/trainer/batch.py", "next(iter(result.parts.values()), result.reward) > 0", "result.reward > 0",
            "tests/trainer/test_batch.py"),
     Mutant("on-policy GRPO runs without its kernel", "megatron_plugin/trainer/batch.py", "        if extra:\n", "        if True:\n", "tests/trainer/test_batch.py"),
-    Mutant("a call that finds every engine busy gives up", R + "dispatch.py", "while (self.running or (self.pending and self.usable)) and", "while self.running and", f"{FLEET} -k two_calls"),
-    Mutant("a call that waits for a place is not told of one", R + "dispatch.py", "            for call in self.books.calls - {self}:\n                call.handed_back.put(None)\n", "", f"{FLEET} -k two_calls --timeout=60"),
+    Mutant("a call that finds every engine busy gives up", R + "dispatch.py", "while (self.running or ((self.pending or self.waiting) and self.usable)) and", "while self.running and", f"{FLEET} -k two_calls"),
+    Mutant("a call that waits for a place is not told of one", R + "dispatch.py", "            self._tell(self.books.calls - {self})\n", "", f"{FLEET} -k two_calls --timeout=60"),
     Mutant("a name that begins with 127 counts as loopback", R + "vllm_process.py", "ipaddress.ip_address(host).is_loopback", 'host.startswith(("127.", "::1"))', f"{PROCESS} -k permission"),
     Mutant("a restart erases the traceback of the death it repairs", R + "vllm_process.py", 'log.open("ab")', 'log.open("wb")', f"{PROCESS} -k restart_keeps"),
     Mutant("a failed start is explained by the death before it", R + "vllm_process.py", "self.log.read_bytes()[self.log_begin :]", "self.log.read_bytes()", f"{PROCESS} -k restart_keeps"),
@@ -261,8 +262,9 @@ MUTANTS = [
            "    if config.checkpoint.interval % rollout.updates:", "    if False:", "tests/test_rollout_checks.py -k interval"),
     Mutant("a demonstration among equal answers is divided by a deviation of 0", "megatron_plugin/losses/advantages.py",
            "len(group) > 1 and (group != group[0]).any()", "len(group) > 1", "tests/losses/test_advantages.py -k answers_alone"),
+    *mutants_ddt.MUTANTS,
     # these start a real vLLM
-    Mutant("keys and values of the old weights are used again", R + "vllm_http.py", 'if not self._wire.request("POST", "/reset_prefix_cache").json()["success"]:', "if False:", f"{ENGINE} -k prefix_cache"),
+    Mutant("keys and values of the old weights are used again", R + "vllm_http.py", 'if not self._wire.read("POST", "/reset_prefix_cache", "success"):', "if False:", f"{ENGINE} -k prefix_cache"),
     Mutant("a tied head keeps the old embedding", R + "vllm_plugin.py", "        _repack_heads(self.tied)\n", "", f"{SERVER} -k tied_model"),
     Mutant("the engine throws checksums away", R + "vllm_plugin.py", "manifest = Manifest.of(vars(update_info))", 'manifest = Manifest.of(vars(update_info) | {"crc32": []})', f"{ENGINE} -k changed_on_the_way"),
     Mutant("an engine generates with a part of an update", R + "vllm_plugin.py", "        if incomplete:\n", "        if False:\n", f"{ENGINE} -k 'of_another_model and missing'"),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-KEEP = ("kernels", "csrc", "megatron_plugin", "tests", "examples", "configs", "pyproject.toml", "README.md", "requirements")
+KEEP = ("kernels", "csrc", "megatron_plugin", "tests", "examples", "benchmarks", "configs", "pyproject.toml", "README.md", "requirements", "docs")
 WORKERS = int(os.environ.get("MUTANT_WORKERS", "2"))
 TIMEOUT_S = 900
 

@@ -29,7 +29,7 @@ def calls(monkeypatch, tmp_path):
     module.score_with_checkpoint = lambda *given, **named: made.append(("checkpoint", given, named))
     module.score_with_engine = lambda *given, **named: made.append(("engine", given, named))
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr("megatron_plugin.cli.commands._before_megatron", lambda: None)
+    monkeypatch.setattr("megatron_plugin.cli.data_commands.before_megatron", lambda: None)
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)

@@ -264,6 +264,18 @@ def test_missing_data_is_a_data_error(small, tmp_path):
         assert caught.value.exit_code == 4
 
 
+def test_a_missing_checkpoint_is_found_before_torch_is_imported(small, tmp_path):
+    """As configs/chord.yaml's runs/sft is before that run was made.  A run that goes on from a checkpoint of its own does not look at checkpoint.init."""
+    run = tmp_path / "run"
+    for key in ("checkpoint.init", "checkpoint.resume"):
+        with pytest.raises(ConfigError, match=f"command line: {key}: got 'runs/nowhere', expected a run directory or checkpoint that exists") as caught:
+            check_files(load_config(small, [f"{key}=runs/nowhere", f"run_dir={run}"]))
+        assert caught.value.exit_code == 3
+    check_files(load_config(small, [f"checkpoint.init={tmp_path}", f"run_dir={run}"]))
+    (run / "checkpoints" / "step_00000010").mkdir(parents=True)
+    check_files(load_config(small, ["checkpoint.init=runs/nowhere", f"run_dir={run}"]))
+
+
 def test_library_errors_become_configuration_errors():
     with pytest.raises(ConfigError, match="x.yaml:3: loss: bad beta") as caught, as_config_error("loss", "x.yaml:3"):
         raise ValueError("bad beta")
@@ -272,3 +284,63 @@ def test_library_errors_become_configuration_errors():
         raise ConfigError("mine")
     with pytest.raises(RuntimeError), as_config_error("loss"):
         raise RuntimeError("not about an argument")
+
+
+# ---------------------------------------------------------------- everything at once, and nothing that runs
+
+
+def said(path, *overrides, world_size=None) -> list[str]:
+    return str(refused(path, *overrides, world_size=world_size)).splitlines()
+
+
+def test_every_mistake_is_told_at_once_in_two_stages(small):
+    """What each value says by itself; how they fit each other only when that is right, for it may follow from the mistake."""
+    first, *others = said(small, "train.stpes=3", "train.lr=fast", "train.micro_batch=0", "seed=-1", "parallel.tensor=3", "model.num_layer=2")
+    assert first == "command line: train.stpes: got an unknown key; did you mean 'train.steps'?"
+    assert [line.partition(": got")[0] for line in others] == [
+        "  also command line: model.num_layer", "  also command line: train.lr", "  also command line: train.micro_batch", "  also command line: seed"
+    ]  # fmt: skip
+    keys = [line.partition(": got")[0].rpartition(": ")[2] for line in said(small, "parallel.tensor=3", "train.min_lr=1", "train.global_batch=7", world_size=4)]
+    assert keys == ["train.min_lr", "train.global_batch", "model.num_attention_heads", "model.ffn_hidden_size", "world size"], "each key once"
+
+
+def test_a_mistake_is_not_told_again_as_what_follows_from_it(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(SMALL.replace("num_layers", "num_layer"))
+    assert [line.rpartition("; ")[2] for line in said(path)] == ["did you mean 'model.num_layers'?"]
+
+
+def test_every_missing_file_is_told(small):
+    with pytest.raises(ConfigError) as caught:
+        check_files(load_config(small, ["data.train=[a.jsonl,b.jsonl]", "data.tokenizer=t"]))
+    assert [line.partition(", expected")[0].rpartition("got ")[2] for line in str(caught.value).splitlines()] == ["'a.jsonl'", "'b.jsonl'", "'t'"]
+    assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize("value", ["${oc.env:HOME}", "a${oc.env:HOME}b", "${oc.decode:'1'}", "[x, '${oc.env:HOME}']", "${oc.${run_dir}:HOME}", "${..lr}${oc.env:A}"])
+def test_functions_of_omegaconf_are_not_run(small, value):
+    assert "expected a plain value or another key" in str(refused(small, f"data.train={value}"))
+    assert load_config(small, ["run_dir=${loss.name}/${train.lr}"]).run_dir == "sft/1e-05"
+
+
+def test_secrets_are_masked_and_other_words_are_not(small):
+    text = to_yaml(load_config(small, [
+        "loss.name=my.loss", "loss.api_key=hunter2", "loss.token=hunter2", "loss.Password=hunter2", "loss.url=https://me:hunter2@h/v1?x=a@b",
+        "loss.tokens=many", "loss.key=3", "loss.keyword=shown", "data.train=[s3://k:hunter2@b/x.jsonl]",
+    ]))  # fmt: skip
+    assert "hunter2" not in text and text.count("***") == 5
+    for shown in ("url: https://***@h/v1?x=a@b", "tokens: many", "key: 3", "keyword: shown", "s3://***@b/x.jsonl"):
+        assert shown in text, shown
+
+
+@pytest.mark.parametrize("text", ["a: &a [*a]\n", "a: &a {b: *a}\n", "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 60))])
+def test_aliases_without_end(tmp_path, text):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    assert "more than 10000 values" in str(refused(path))
+
+
+def test_aliases_may_be_used(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("train: &t {steps: 10}\nmodel: &m {num_layers: 4, hidden_size: &h 64, num_attention_heads: 4, ffn_hidden_size: *h}\n")
+    assert load_config(path).model["ffn_hidden_size"] == 64

@@ -88,3 +88,44 @@ def test_the_versions_are_those_of_the_project():
     first, last = (".".join(map(str, bound)) for bound in doctor.SUPPORTED)
     assert f"megatron-core>={first},<0.{doctor.SUPPORTED[1][1] + 1}" in (ROOT / "pyproject.toml").read_text()
     assert f"megatron-core {first} to {last} is supported" in (ROOT / "megatron_plugin/hooks/VERSIONS.md").read_text()
+
+
+def test_data_files(capsys, monkeypatch, tmp_path):
+    monkeypatch.delenv("RANK", raising=False)
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    good.write_text('{"prompt": "a", "response": "b"}\n')
+    bad.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')
+    assert cli.main(["doctor", "--data", str(good)]) == 0
+    assert capsys.readouterr().out.startswith(f"{good}: 1 lines, 1 good, 0 bad, 0 duplicates\n")
+    assert cli.main(["doctor", "--data", str(good), str(bad)]) == 4
+    said = capsys.readouterr()
+    assert f"\n{bad}:2: missing key 'response' (of prompt/response) (got keys ['prompt'])\n" in said.out and f"{good}: 1 lines" in said.out
+    assert said.err.startswith("megatron-plugin: error: 1 of 3 lines are bad: ") and "max_bad_fraction" in said.err
+    assert cli.main(["doctor", "--data", str(bad), str(tmp_path / "none")]) == 4
+    assert capsys.readouterr().err.startswith("megatron-plugin: error: 1 of 2 files cannot be read, 1 of 2 lines of the others are bad")
+    assert cli.main(["doctor", "--data", str(bad), "--show", "0"]) == 4
+    assert capsys.readouterr().out.endswith("and 1 more bad lines (--show)\n")
+
+
+def test_data_files_with_a_tokenizer(capsys, monkeypatch, tmp_path):
+    from megatron_plugin.data import train_tokenizer
+
+    monkeypatch.delenv("RANK", raising=False)
+    train_tokenizer(["a b c"], tmp_path / "tokenizer", vocab_size=300)
+    data = tmp_path / "x.jsonl"
+    data.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": "b b b b b b b b"}\n')
+    arguments = ["doctor", "--data", str(data), "--tokenizer", str(tmp_path / "tokenizer")]
+    assert cli.main(arguments) == 0 and "a line: median 6" in capsys.readouterr().out
+    assert cli.main([*arguments, "--seq-length", "10"]) == 4 and f"{data}:2: too long (got 20 tokens, expected at most 10)" in capsys.readouterr().out
+    assert cli.main(["doctor", "--data", str(data), "--tokenizer", str(tmp_path / "none")]) == 4
+    assert "no tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--tokenizer", "t"], "got --tokenizer without --data"), (["--data", "x", "--seq-length", "9"], "got --seq-length without --tokenizer"),
+    (["--data"], "expected at least one argument"), (["--data", "x", "--show", "-1"], "expected"),
+])  # fmt: skip
+def test_data_arguments(capsys, monkeypatch, arguments, message):
+    monkeypatch.delenv("RANK", raising=False)
+    assert cli.main(["doctor", *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 4 -m megatron_plugin.cli train configs/dft.yaml parallel.tensor=2 data.train=x.jsonl
 
 Nothing heavy is imported before the arguments and the configuration are known to be right.  Exit codes: 0 done, 2 configuration, 3 no
-usable checkpoint, 4 data, 5 no rollouts (engines or rewards failed for good), 17 loss or gradient not a number, 1 anything else.  An exception with an
-attribute `exit_code` is the person's to mend: one message, no traceback.  (torchrun itself exits with 1 whatever its ranks exit with, and
-prints theirs.)
+usable checkpoint, 4 data, 5 no rollouts (engines or rewards failed for good), 17 loss or gradient not a number too often, 130 Ctrl-C, 143 SIGTERM
+(training saves its last step before either), 1 anything else.  An exception with an attribute `exit_code` is the person's to mend: one message, no
+traceback.  (torchrun itself exits with 1 whatever its ranks exit with, and prints theirs.)
 """
 
 from __future__ import annotations
@@ -20,14 +20,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_plugin.cli.commands import parser
+from megatron_plugin.cli.spawned import end_with_parent, is_spawned
 
 __all__ = ["main"]
+
+if is_spawned():  # by the console script; with -m it is __main__.py
+    end_with_parent()
 
 # Seconds a rank waits before it speaks about an error that every rank is likely to have met.  torchrun ends it meanwhile, because rank 0
 # has spoken and exited; if not, the error is this rank's alone, or this is another node.  With the 30 s torchrun gives the ranks it ends,
 # that stays below a minute.
 WAIT_LOCAL_ZERO, WAIT_OTHERS = 5.0, 10.0
 WAIT_LOST_PEER = 3.0
+STOPPED = (130, 143)
 # What gloo, NCCL and the store say when another rank is gone: consequences, whose cause may be about to be reported.
 LOST_PEER = ("closed by peer", "reset by peer", "Broken pipe", "NCCL", "DistBackendError", "DistNetworkError", "gloo/")
 
@@ -39,32 +44,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run(arguments)
         return 0
     except KeyboardInterrupt:
-        return 130
+        return _leave(130, KeyboardInterrupt("interrupted by Ctrl-C"))
     except Exception as error:
         return _leave(_exit_code(error), error)
 
 
-def _exit_code(error: Exception) -> int | None:
+def _exit_code(error: BaseException) -> int | None:
     """The code an error asks for; None for one that is not the person's to mend."""
     code = getattr(error, "exit_code", None)
     return code if isinstance(code, int) else None
 
 
-def _leave(code: int | None, error: Exception) -> int:
+def _leave(code: int | None, error: BaseException) -> int:
     """Says what happened, once per job, and returns the exit code (under torchrun: ends the process with it)."""
     expected = code is not None
     code = 1 if code is None else code
-    text = f"megatron-plugin: error: {error}" if expected else "".join(traceback.format_exception(error)).rstrip()
+    stopped = code in STOPPED  # every rank was, and says nothing that rank 0 does not say
+    text = f"megatron-plugin: {'' if stopped else 'error: '}{error}" if expected else "".join(traceback.format_exception(error)).rstrip()
     if "RANK" not in os.environ:
         print(text, file=sys.stderr)
         return code
     # A handler of the trainer (preemption) must not keep alive a rank that is only waiting to be ended.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     rank = os.environ["RANK"]
-    first = _is_first(expected, error)
+    first = rank == "0" if stopped else _is_first(expected, error)
     if first:
         print(text if expected and rank == "0" else f"rank {rank}: {text}", file=sys.stderr, flush=True)
-        _tell_torchrun(text)
+        if not stopped:
+            _tell_torchrun(text)
     elif not expected:
         print(f"rank {rank}: failed after another rank, with {type(error).__name__}", file=sys.stderr, flush=True)
         # Had we exited before the first rank, torchrun might name us as the root cause.  It ends us as soon as that one has exited.
@@ -74,7 +81,7 @@ def _leave(code: int | None, error: Exception) -> int:
     os._exit(code)  # not sys.exit: leaving a process group whose other members hang can hang too, in its destructor
 
 
-def _is_first(expected: bool, error: Exception) -> bool:
+def _is_first(expected: bool, error: BaseException) -> bool:
     """Whether this rank is the one that speaks; waits where another is likelier to know more."""
     if expected and os.environ["RANK"] != "0":
         time.sleep(WAIT_LOCAL_ZERO if os.environ.get("LOCAL_RANK") == "0" else WAIT_OTHERS)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-__all__ = ["ConfigError", "DataPathError", "as_config_error"]
+__all__ = ["CheckpointPathError", "ConfigError", "DataPathError", "as_config_error", "raise_all"]
 
 
 class ConfigError(ValueError):
@@ -24,6 +24,20 @@ class DataPathError(ConfigError):
     """`data` names a file or directory that is not there.  The exit code of DataError, which cannot be used: importing it imports torch."""
 
     exit_code = 4
+
+
+class CheckpointPathError(ConfigError):
+    """`checkpoint` names what is not there.  The exit code of CheckpointError, which cannot be used: importing it imports torch."""
+
+    exit_code = 3
+
+
+def raise_all(errors: Sequence[ConfigError]) -> None:
+    """Nothing for no error; else the first one, which also says all the others, so that one run shows every mistake."""
+    if not errors:
+        return
+    first, others = errors[0], dict.fromkeys(f"  also {error}" for error in errors[1:])
+    raise type(first)("\n".join([first.reason, *others]), first.key, first.where)
 
 
 @contextlib.contextmanager

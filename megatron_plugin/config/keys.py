@@ -12,7 +12,7 @@ from megatron_plugin.config.errors import ConfigError
 from megatron_plugin.config.megatron_fields import CHOICES, OURS, RESERVED, model_fields, settable
 from megatron_plugin.config.schema import Config
 
-__all__ = ["check_keys", "key_types"]
+__all__ = ["key_types", "wrong_keys"]
 
 FREE = ("loss",)  # its keys are the parameters of the chosen loss, which `bind` compares with its signature
 
@@ -32,41 +32,40 @@ def key_types() -> dict[str, Any]:
     return found
 
 
-def check_keys(values: dict[Any, Any], where: Callable[[str], str]) -> None:
-    """ConfigError for the first key that is not in the schema, or is there with a value where a section belongs.
+def wrong_keys(values: dict[Any, Any], where: Callable[[str], str]) -> list[ConfigError]:
+    """One error for each key that is not in the schema, or is there with a value where a section belongs.
 
     `where` tells the origin of a dotted key."""
-    known = key_types()
+    known, found = key_types(), []
     for name, value in values.items():
         if name not in known or "." in str(name):
-            raise _unknown(str(name), known, where)
-        if name in ("model", *FREE) or is_dataclass(known[name]):
-            if value is None:  # "train:" with nothing below it
-                continue
-            if not isinstance(value, dict):
+            found.append(_unknown(str(name), known, where))
+        elif name in ("model", *FREE) or is_dataclass(known[name]):
+            if value is not None and not isinstance(value, dict):
                 inside = ", ".join(_siblings(name, known)[:6])
-                raise ConfigError(f"got {value!r}, expected keys below it ({inside}, ...)", name, where(name))
-            for key in value:
-                _check_inner(name, str(key), known, where)
+                found.append(ConfigError(f"got {value!r}, expected keys below it ({inside}, ...)", name, where(name)))
+            inner = value if isinstance(value, dict) else {}  # None: "train:" with nothing below it
+            found += [error for key in inner if (error := _wrong_inner(name, str(key), known, where))]
+    return found
 
 
-def _check_inner(section: str, key: str, known: dict[str, Any], where: Callable[[str], str]) -> None:
+def _wrong_inner(section: str, key: str, known: dict[str, Any], where: Callable[[str], str]) -> ConfigError | None:
     dotted = f"{section}.{key}"
     if section == "model":
-        _check_model_key(key, known, where)
-    elif section not in FREE and dotted not in known:
-        raise _unknown(dotted, known, where)
+        return _wrong_model_key(key, known, where)
+    return _unknown(dotted, known, where) if section not in FREE and dotted not in known else None
 
 
-def _check_model_key(key: str, known: dict[str, Any], where: Callable[[str], str]) -> None:
+def _wrong_model_key(key: str, known: dict[str, Any], where: Callable[[str], str]) -> ConfigError | None:
     dotted = f"model.{key}"
     if key in RESERVED:
-        raise ConfigError(f"got a field that cannot be set ({RESERVED[key]}), expected it to be left out", dotted, where(dotted))
+        return ConfigError(f"got a field that cannot be set ({RESERVED[key]}), expected it to be left out", dotted, where(dotted))
     annotation = None if key in OURS else model_fields().get(key)
     if annotation is None:
-        raise _unknown(dotted, known, where)
+        return _unknown(dotted, known, where)
     if key not in CHOICES and not settable(annotation):
-        raise ConfigError("got a field that takes a Python object, expected one that YAML can hold: leave it out", dotted, where(dotted))
+        return ConfigError("got a field that takes a Python object, expected one that YAML can hold: leave it out", dotted, where(dotted))
+    return None
 
 
 def _unknown(key: str, known: dict[str, Any], where: Callable[[str], str]) -> ConfigError:

@@ -67,6 +67,8 @@ class RolloutConfig:
     """numeric (the number after "####"), math (math-verify), format, package.module.function, or weights of several: {numeric: 1.0, format: 0.1}."""
     reward_timeout_s: float = 10.0
     """Seconds one answer may be judged for; then it is worth 0."""
+    reward_network: bool = False
+    """Whether reward workers may open network sockets: for a function of yours that asks a server."""
     advantage_scale: Literal["group", "batch", "none"] = "group"
     """What (reward - mean of the group) is divided by: the group's standard deviation (GRPO), the batch's, or 1 (Dr. GRPO)."""
     aggregation: Literal["token", "sequence", "constant"] = "token"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from megatron_plugin.config.loss_roles import LossRole, role_of
 from megatron_plugin.config.rollout import RolloutConfig
 
 __all__ = ["CheckpointConfig", "Config", "DataConfig", "GPTArguments", "MuConfig", "ParallelConfig", "RampConfig", "RolloutConfig", "TrainConfig"]
@@ -45,6 +46,14 @@ class TrainConfig:
     """Steps between lines on the terminal; metrics.jsonl always has every step."""
     eval_interval: int = 50
     """Steps between evaluations on data.eval; 0: only at the end."""
+    max_nonfinite: int = 3
+    """Steps in a row whose loss or gradient is not a number on some rank, after which the run ends with exit code 17.  None of them is applied: weights
+    and moments stay, while step number, learning rate and data go on.  Each is kept in <run_dir>/replay."""
+    spike_factor: float = 10.0
+    """A step whose loss or NLL (on-policy: NLL) is above so many times the median of the last 100 is marked in train/spike and said with its samples;
+    above 1, or 0: never.  The first 20 steps are not judged."""
+    skip_spikes: bool = False
+    """Whether such a step is not applied."""
     timeout_s: int = 600
     """Seconds one rank waits for the others in a collective before the job ends with an error."""
 
@@ -121,7 +130,7 @@ class DataConfig:
     overlong: Literal["error", "truncate", "drop"] = "error"
     """What happens to samples longer than seq_length."""
     on_bad_line: Literal["error", "skip"] = "error"
-    """What happens to lines that cannot be used."""
+    """What happens to lines of train and prompts that cannot be used; in held-out files they are always an error."""
     max_bad_fraction: float = 0.001
     """With skip: the share of bad lines in [0, 1] above which the run ends."""
     eval_samples: int = 200
@@ -146,6 +155,13 @@ class CheckpointConfig:
     """A run directory or checkpoint to take only the weights from, at step 0; ignored when the run resumes.  Empty: random weights."""
     keep: int = 2
     """Newest checkpoints kept; 0: all."""
+    best: str = ""
+    """A metric of the evaluations, such as eval/heldout_nll: the checkpoint where it was best is kept too, beyond `keep`, and named in checkpoints/best.
+    Lower is better for those that end with nll or loss, higher for all others.  Empty: none."""
+    asynchronous: bool = False
+    """Write the files while training goes on.  It needs host memory for a copy of weights and optimizer state."""
+    may_differ: list[str] = field(default_factory=list)
+    """Fields of `model` that may be other than in the checkpoint, such as rotary_base for a longer context; any other difference is refused."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +190,8 @@ class Config:
     seed: int = 1234
     """Of weights, data order, embedded data and dropout."""
     deterministic: bool = False
-    """Refuse GPU algorithms whose result varies between runs."""
+    """The same bits from every run of one layout on the same machines: sets what torch, cuBLAS, NCCL and Transformer Engine need (trainer/deterministic.py)
+    and refuses what varies.  Slower on a GPU; on a CPU supervised runs are so anyway."""
     recipe: str = ""
     """The name of a published run (config/recipes.py), whose keys come right before those of the file or override that names it: the same file
     and later overrides go over them."""
@@ -197,6 +214,11 @@ class Config:
     @property
     def loss_name(self) -> str:
         return self.loss["name"]
+
+    @property
+    def role(self) -> LossRole:
+        """How expert samples and rollouts enter a step with this loss."""
+        return role_of(self.loss_name, expert_samples=self.data.expert_samples, has_mu=self.mu is not None)
 
     @property
     def loss_params(self) -> dict[str, Any]:

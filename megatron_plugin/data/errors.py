@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from dataclasses import dataclass, field
 
 __all__ = ["BadLines", "DataError"]
@@ -19,6 +21,11 @@ class DataError(ValueError):
         self.reason = reason
         self.source = source
 
+    @property
+    def kind(self) -> str:
+        """The reason without what is this line's own, to count by: "messages[N].role is wrong"."""
+        return re.sub(r"\d+", "N", self.reason.partition(" (")[0].partition(": ")[0].partition(", expected")[0])
+
 
 @dataclass
 class BadLines:
@@ -32,6 +39,7 @@ class BadLines:
     max_bad_fraction: float = 0.001
     lines: int = 0
     errors: list[DataError] = field(default_factory=list)
+    _sources: set[str] = field(default_factory=set, repr=False)
 
     def __post_init__(self):
         if self.on_bad_line not in ("error", "skip"):
@@ -42,8 +50,15 @@ class BadLines:
     def __len__(self) -> int:
         return len(self.errors)
 
+    def by_kind(self) -> Counter[str]:
+        """How many bad lines have which reason."""
+        return Counter(error.kind for error in self.errors)
+
     def add(self, error: DataError) -> None:
-        """Count one bad line; under 'error' the 20th raises."""
+        """Count one bad line, once whatever else is found wrong with it; under 'error' the 20th raises."""
+        if error.source is not None and error.source in self._sources:
+            return
+        self._sources.add(error.source or "")
         self.errors.append(error)
         if self.on_bad_line == "error" and len(self.errors) >= SHOWN:
             self.check()

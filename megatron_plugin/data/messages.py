@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_plugin.data.errors import BadLines, DataError
+from megatron_plugin.data.lines import numbered_lines
 
 __all__ = ["Conversation", "Message", "iter_lines", "parse_line", "read_conversations"]
 
@@ -67,19 +68,11 @@ def iter_lines(path: str | Path, *, train_on: str = "all") -> Iterator[Conversat
     """One item per line, in file order: the conversation, or the error (not raised) that says what is wrong with it."""
     if train_on not in ("all", "last"):
         raise ValueError(f"train_on: got {train_on!r}, expected 'all' or 'last'")
-    try:
-        file = open(path, "rb")  # bytes: one undecodable line must not hide the others, and only \n may end a line
-    except OSError as error:
-        raise DataError(f"cannot read the data: {error.strerror}; expected a jsonl file", str(path)) from error
-    with file:
-        for number, line in enumerate(file, 1):
-            line = line.rstrip(b"\r\n")
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark, as Windows editors write it
-            try:
-                yield parse_line(line, f"{path}:{number}", train_on=train_on)
-            except DataError as error:
-                yield error
+    for number, line in numbered_lines(path):
+        try:
+            yield line if isinstance(line, DataError) else parse_line(line, f"{path}:{number}", train_on=train_on)
+        except DataError as error:
+            yield error
 
 
 def parse_line(line: bytes | str, source: str = "<memory>", *, train_on: str = "all") -> Conversation:
@@ -102,16 +95,33 @@ def parse_line(line: bytes | str, source: str = "<memory>", *, train_on: str = "
     return Conversation(tuple(_choose_trained(messages, train_on, source)), source)
 
 
+class _RepeatedKeyError(ValueError):
+    pass
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):  # json.loads would keep the last value and say nothing
+        keys = [key for key, _ in pairs]
+        raise _RepeatedKeyError(next(key for key in keys if keys.count(key) > 1))
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)  # once: json.loads would build one for each line
+
+
 def _record(line: bytes | str, source: str) -> dict[str, Any]:
     if not line.strip():
         raise DataError("empty line (expected one JSON object per line)", source)
     try:
-        record = json.loads(line.decode("utf-8") if isinstance(line, bytes) else line)
+        record = _DECODER.decode(line.decode("utf-8") if isinstance(line, bytes) else line)
     except UnicodeDecodeError as error:
         raise DataError(f"not UTF-8 (got byte 0x{error.object[error.start]:02x} at byte {error.start + 1} of the line)", source) from None
     except json.JSONDecodeError as error:
         around = _show(error.doc[max(0, error.pos - 20) : error.pos + 20])
         raise DataError(f"not valid JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1} (got {around})", source) from None
+    except _RepeatedKeyError as error:
+        raise DataError(f"an object has one key twice (got {_show(str(error))}, expected each key once): which value is meant?", source) from None
     except (RecursionError, ValueError) as error:  # nested too deep; an integer of more than 4300 digits
         raise DataError(f"not usable JSON: {error}", source) from None
     if not isinstance(record, dict):

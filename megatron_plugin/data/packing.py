@@ -20,7 +20,7 @@ from megatron_plugin.data.errors import BadLines, DataError
 from megatron_plugin.data.order import BLANK_ROW
 from megatron_plugin.data.tokenize import IGNORE_INDEX, Sample
 
-__all__ = ["PAD_SEGMENT", "PackedBatch", "PackedRows", "PackingReport", "attention_mask", "cu_seqlens", "pack_samples", "plan_rows", "truncate"]
+__all__ = ["PAD_SEGMENT", "PackedBatch", "PackedRows", "PackingReport", "attention_mask", "cu_seqlens", "pack_samples", "plan_rows", "too_long", "truncate"]
 
 PAD_SEGMENT = -1
 
@@ -176,13 +176,7 @@ def pack_samples(
         if len(sample.tokens_T) <= seq_length:
             kept.append(sample)
         elif overlong == "error":
-            bad_lines.add(
-                DataError(
-                    f"too long (got {len(sample.tokens_T)} tokens, expected at most {seq_length}): raise data.seq_length, or set "
-                    "data.overlong to truncate or drop",
-                    sample.source,
-                )
-            )
+            bad_lines.add(too_long(sample, seq_length))
         else:
             cut = truncate(sample, seq_length) if overlong == "truncate" else None
             if cut is None:
@@ -208,6 +202,12 @@ def pack_samples(
     )
     columns = tuple(sorted({name for sample in kept for name in sample.columns}))
     return PackedRows(tuple(kept), tuple(map(tuple, rows)), seq_length, pad_id, report, columns)
+
+
+def too_long(sample: Sample, seq_length: int) -> DataError:
+    """Why a sample does not fit a row."""
+    reason = f"too long (got {len(sample.tokens_T)} tokens, expected at most {seq_length})"
+    return DataError(f"{reason}: raise data.seq_length, or set data.overlong to truncate or drop", sample.source)
 
 
 def plan_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -14,21 +14,29 @@ megatron-core leaves open for the optimizer is closed here:
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedBase
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_plugin.hooks.mcore import groups
+from megatron_plugin.hooks.held_signals import signals_held
+from megatron_plugin.hooks.mcore import device, groups
 
-__all__ = ["load_optimizer", "load_weights", "save"]
+__all__ = ["Shards", "WriteError", "load_optimizer", "load_weights"]
 
 _KNOWN = getattr(DistributedOptimizer, "checkpoint_fully_reshardable_formats", ())
 FORMAT = "fully_reshardable" if "fully_reshardable" in _KNOWN else "fully_sharded_model_space"
@@ -37,12 +45,72 @@ LOADER = f"load_parameter_state_from_{FORMAT.replace('fully_sharded', 'fs')}"
 HALF_MAIN = "optimizer.state.fp32_param."  # fp32 weights of the plain optimizer for half precision; the fp32 one has the model's own
 
 
-def save(path: Path, chunks: list, optimizer: MegatronOptimizer | None) -> None:
-    """Write the weights of the DDP-wrapped model chunks, and the optimizer's state if given, into the empty directory `path`."""
-    sharded = _weights(chunks)
-    if optimizer is not None:
-        sharded["optimizer"] = _state(optimizer, sharded, is_loading=False)
-    dist_checkpointing.save(sharded, str(path))
+class WriteError(OSError):
+    """Some of a checkpoint is not on disk."""
+
+
+class Shards:
+    """One save in three parts, so that the middle one can run beside the training:
+
+        shards = Shards(path, chunks, optimizer, copied=True)    # collective: who writes what, and the tensors to be written
+        shards.write()                                           # this rank's files, in any thread; no collective
+        shards.finish()                                          # collective: what makes them one checkpoint
+
+    It is megatron-core's own save() without its barriers, in which an error of one rank (a full disk) would leave the others."""
+
+    def __init__(self, path: Path, chunks: list, optimizer: MegatronOptimizer | None, *, copied: bool):
+        """`path`: an empty directory.  `copied`: training goes on while `write` runs, so the tensors are copied (to host memory, on a GPU)."""
+        sharded = _weights(chunks)
+        if optimizer is not None:
+            sharded["optimizer"] = _state(optimizer, sharded, is_loading=False)
+        sharded, common = save_preprocess(sharded)
+        if copied:
+            common = copy.deepcopy(common)
+            for tensor in nested_values(sharded):
+                if isinstance(tensor, ShardedTensor) and tensor.data is not None and tensor.data.device.type == "cpu":
+                    tensor.data = tensor.data.detach().clone()
+        self.path, self._common, self._strategy = path, common, get_default_save_sharded_strategy()
+        takes = inspect.signature(self._strategy.async_save).parameters
+        built_in = {"async_strategy": "mcore"} if "async_strategy" in takes else {}  # 0.17 on; the other one is a package of its own
+        with signals_held():
+            self._request = self._strategy.async_save(sharded, str(path), **built_in)
+        self._arguments = list(self._request.async_fn_args)
+        if self._request.preload_fn is not None:
+            self._arguments[1] = self._request.preload_fn()  # from the GPU, now: the next step changes the weights
+
+    def write(self) -> None:
+        """This rank's tensors, and on rank 0 the part that is not sharded.  OSError; what its writer processes meet is raised by `finish`."""
+        try:
+            if dist.get_rank() == 0:
+                torch.save(self._common, self.path / "common.pt")
+        finally:  # also after an error: `finish` waits for what it reports
+            if self._request.async_fn is not None:
+                with signals_held():
+                    self._request.async_fn(*self._arguments, **self._request.async_fn_kwargs)
+
+    def own_files(self) -> list[Path]:
+        """What `write` has written on this rank."""
+        common = [self.path / "common.pt"] if dist.get_rank() == 0 else []
+        return [*common, *sorted(self.path.glob(f"__{dist.get_rank()}_*.distcp"))]
+
+    def finish(self) -> None:
+        """Rank 0 writes where each tensor is.  Every rank calls it, after `write` has ended on all of them, also where it failed.
+
+        WriteError on every rank when a part could not be written."""
+        try:
+            for finalize in self._request.finalize_fns:
+                finalize()
+        except CheckpointException as error:  # of torch, from BaseException; the causes are known to rank 0
+            causes = "; ".join(f"rank {rank}: {cause[0]}" for rank, cause in sorted(error.failures.items()))
+            raise WriteError(causes or "a rank could not write its part") from None
+        except OSError as error:
+            # Rank 0 alone, while it wrote .metadata: the others wait for its verdict, a broadcast of one int (0.14 to 0.19), which it never gave
+            dist.broadcast(torch.ones(1, dtype=torch.int, device=device()), src=0)
+            raise WriteError(f"rank {dist.get_rank()}: {error}") from error
+
+    def describe(self) -> None:
+        """Rank 0: metadata.json, which says which format this is."""
+        save_config(CheckpointingConfig(self._strategy.backend, self._strategy.version), str(self.path))
 
 
 def load_weights(path: Path, chunks: list) -> None:

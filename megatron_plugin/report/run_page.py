@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_plugin.report.environment import read_environment
+from megatron_plugin.report.lines import read_metrics
 from megatron_plugin.report.page import cell, quoted, write_page
+from megatron_plugin.report.plots import plot_curves, plot_probabilities
 from megatron_plugin.rollout.log import read_rollouts
-from megatron_plugin.trainer.metrics import read_metrics
-from megatron_plugin.trainer.plots import plot_curves, plot_probabilities
 
 __all__ = ["NoRunError", "write_run_page"]
 

@@ -2,6 +2,10 @@
 
 The caller's thread decides everything; a thread per request in flight only asks, and hands back what came of it.  An attempt that was given up
 (its engine is lost, or the call is over) hands back nothing: its answer is thrown away and counted, so no request is answered twice.
+
+What failed on the way (no answer, none in time, HTTP 5xx, a body that is none) is asked again up to 5 times, each time after a longer wait; what an
+engine that is well refuses, or answers with numbers that cannot be, is not.  Bounded: in flight are `concurrency` requests per engine, each with a
+thread, and what waits is the call's own requests.
 """
 
 from __future__ import annotations
@@ -15,63 +19,16 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_plugin.rollout.engine import Completion, EngineError, EngineLostError, Health, RolloutEngine, SamplingParams, WrongModelError
+from megatron_plugin.rollout.engine import EngineBusyError, EngineLostError, EngineTimeoutError, Health, WrongModelError
+from megatron_plugin.rollout.requests import Generated, Request
+from megatron_plugin.rollout.slots import Slot, backoff, cause_of, health_of, is_refusal, probe
 
-__all__ = ["Books", "Call", "Generated", "Request", "Slot", "cause_of", "each"]
+__all__ = ["Books", "Call"]
 
 GRACE_S = 1.0  # after a deadline, for the engine's own error, which says more than "no answer"; at most a tenth of the deadline
-POLL_S = 0.5  # between looks at whether the fleet was closed
+POLL_S = 0.5  # between looks at whether the fleet was closed, or `stop` says so
 MAX_TRIES = 3  # engines that one request may see lost: a prompt that kills engines must not go through the whole fleet
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt, of which params.n completions are wanted.  `key` names it in the results."""
-
-    key: Hashable
-    prompt_ids: Sequence[int]
-    params: SamplingParams
-
-
-@dataclass
-class Generated:
-    """What became of the requests of one `generate`, each key in exactly one of the first three, and its counters."""
-
-    completions: dict[Hashable, list[Completion]] = field(default_factory=dict)
-    refused: dict[Hashable, str] = field(default_factory=dict)
-    """Causes.  A healthy engine said no to this prompt, as to one that leaves no room: asking again would not help."""
-    missing: dict[Hashable, str] = field(default_factory=dict)
-    """Causes.  No engine was left to ask: ask again after `restart_dead` and an update."""
-    lost: dict[str, str] = field(default_factory=dict)
-    """Engines that were found DEAD by this call, with causes."""
-    retried: int = 0
-    """Times a request was taken from a lost engine, to be asked elsewhere."""
-    late: int = 0
-    """Answers thrown away because their engine had been given up, since the last call's result."""
-    empty: int = 0
-    """Completions without a token.  They are kept."""
-    tokens: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(eq=False)
-class Slot:
-    """An engine and what is known of it."""
-
-    engine: RolloutEngine
-    cause: str | None = None
-    """Why it is DEAD; None: it is not."""
-    load: int = 0
-    """Requests in flight, of all calls."""
-    asked: int = 0
-    restarts: int = 0
-
-    def lose(self, cause: str) -> None:
-        self.cause = self.cause or cause  # the first cause explains the later ones
-
-    @property
-    def version(self) -> int:
-        return -1 if self.engine.weight_version is None else self.engine.weight_version
+RETRIES = 5  # of what failed on the way to an engine that lives; a missed deadline counts twice, since it took the longest already
 
 
 @dataclass
@@ -100,16 +57,22 @@ class _Attempt:
 
 
 class Call:
-    """The requests of one `generate`, asked of `usable`: slots with the same weights."""
+    """The requests of one `generate`, asked of `slots`, which have the same weights: of those among them that are HEALTHY."""
 
-    def __init__(self, books: Books, usable: Sequence[Slot], requests: Sequence[Request]):
-        self.books, self.usable, self.begin = books, list(usable), time.monotonic()
+    def __init__(self, books: Books, slots: Sequence[Slot], requests: Sequence[Request], stop: Callable[[], bool] | None = None):
+        self.books, self.slots, self.usable, self.begin = books, list(slots), list(slots), time.monotonic()
+        self.stop = stop or (lambda: False)
         self.pending = deque(requests)
+        self.waiting: list[tuple[float, Request]] = []
+        """(time.monotonic() from which it is asked again, request)"""
         self.running: set[_Attempt] = set()
         self.tries: Counter[Hashable] = Counter()
-        self.version = max((slot.version for slot in usable), default=-1)
-        self.handed_back: queue.SimpleQueue[tuple[_Attempt, Any, bool] | None] = queue.SimpleQueue()
-        """(attempt, completions or error, whether the engine can go on); None: another call left a place."""
+        """Engines that the request saw lost."""
+        self.failed: Counter[Hashable] = Counter()
+        """Times the request failed on the way."""
+        self.version = max((slot.version for slot in slots), default=-1)
+        self.handed_back: queue.SimpleQueue[tuple[_Attempt, Any, Health] | None] = queue.SimpleQueue()
+        """(attempt, completions or error, how the engine is after an error); None: another call left a place, or a probe was answered."""
         self.result = Generated()
 
     def run(self) -> Generated:
@@ -118,27 +81,36 @@ class Call:
             self.books.calls.add(self)
         try:
             self._give_out()
-            while (self.running or (self.pending and self.usable)) and not self.books.closed:
+            while (self.running or ((self.pending or self.waiting) and self.usable)) and not self._is_over():
                 self._wait()
+                self._look_around()
                 self._give_out()
             self.pending.extend(attempt.request for attempt in self.running)
+            self.pending.extend(request for _, request in self.waiting)
         finally:
             with self.books.lock:
                 self.books.calls.discard(self)
             self._give_up(self.running)
         for request in self.pending:
             self.result.missing[request.key] = self._why_missing()
+        self.result.lost |= {slot.engine.name: slot.cause for slot in self.slots if slot.cause is not None and slot.engine.name not in self.result.lost}
         self.result.seconds = time.monotonic() - self.begin
         with self.books.lock:
             self.result.late, self.books.late = self.books.late, 0
         return self.result
 
+    def _is_over(self) -> bool:
+        self.result.stopped = self.result.stopped or self.stop()
+        return self.books.closed or self.result.stopped
+
     def _give_out(self) -> None:
-        """Pending requests to the least loaded engines, up to `concurrency` each."""
-        self.usable = [slot for slot in self.usable if slot.cause is None]
-        while self.pending and self.usable and not self.books.closed:
+        """Pending requests to the least loaded HEALTHY engines, up to `concurrency` each."""
+        while self.pending and not self._is_over():
+            healthy = [slot for slot in self.usable if slot.state is Health.HEALTHY]
+            if not healthy:
+                return
             with self.books.lock:  # looked at and taken at once: another call may take the place in between
-                slot = min(self.usable, key=lambda slot: (slot.load, slot.asked))
+                slot = min(healthy, key=lambda slot: (slot.load, slot.asked))
                 if slot.load >= self.books.concurrency:
                     return
                 slot.load += 1
@@ -151,47 +123,67 @@ class Call:
 
     def _ask(self, attempt: _Attempt) -> None:
         """In a thread of its own."""
-        engine, request, healthy = attempt.slot.engine, attempt.request, True
+        engine, request, health = attempt.slot.engine, attempt.request, Health.HEALTHY
         try:
             outcome: Any = engine.generate(request.prompt_ids, request.params, timeout_s=self.books.timeout_s)
         except BaseException as error:
-            outcome, healthy = error, _is_refusal(error) and _is_healthy(engine)
+            outcome, health = error, health_of(engine)
         with self.books.lock:
             if attempt.given_up:
                 self.books.late += not isinstance(outcome, BaseException)
             else:
-                self.handed_back.put((attempt, outcome, healthy))
+                self.handed_back.put((attempt, outcome, health))
 
     def _wait(self) -> None:
-        """For one answer, a place or the next deadline; an engine that missed one is lost."""
-        nearest = min((attempt.deadline for attempt in self.running), default=math.inf) - time.monotonic()
+        """For one answer, a place, or whatever is due next."""
+        due = [attempt.deadline for attempt in self.running] + [at for at, _ in self.waiting] + [slot.probe_at for slot in self.usable]
         try:
-            back = self.handed_back.get(timeout=min(max(nearest, 0.0), POLL_S))
+            back = self.handed_back.get(timeout=min(max(min(due, default=math.inf) - time.monotonic(), 0.0), POLL_S))
         except queue.Empty:
-            now = time.monotonic()
-            for attempt in [attempt for attempt in self.running if attempt.deadline <= now]:
-                self._lose(attempt.slot, f"no answer within {self.books.timeout_s:g} s")
             return
-        if back is None:
+        if back is None or self.books.closed:  # closed: what engines say now is said of their end
             return
-        attempt, outcome, healthy = back
+        attempt, outcome, health = back
         if attempt in self.running and attempt.slot.cause is None:
-            self._take(attempt, outcome, healthy)
+            self._take(attempt, outcome, health)
             return
         with self.books.lock:  # given up, or its engine marked lost, while this answer was on its way
             self.books.late += not isinstance(outcome, BaseException)
-        if attempt in self.running:
-            self._lose(attempt.slot, attempt.slot.cause or "lost")
 
-    def _take(self, attempt: _Attempt, outcome: Any, healthy: bool) -> None:
+    def _look_around(self) -> None:
+        """Deadlines, engines that others found DEAD or gave other weights, requests to be asked again, probes."""
+        if self.books.closed:
+            return
+        now = time.monotonic()
+        for attempt in [attempt for attempt in self.running if attempt.deadline <= now]:
+            if attempt in self.running:  # else its engine was lost over the one before
+                self._fail(attempt, EngineTimeoutError(f"no answer within {self.books.timeout_s:g} s"), health=None)
+        for slot in self.usable:
+            if slot.cause is not None or slot.version != self.version:
+                self._lose(slot, slot.cause or "its weights are no longer those that were asked")
+        self.usable = [slot for slot in self.usable if slot.cause is None]
+        self.pending.extend(request for at, request in self.waiting if at <= now)
+        self.waiting = [(at, request) for at, request in self.waiting if at > now]
+        for slot in self.usable:
+            if slot.probe_is_due():
+                threading.Thread(target=self._probe, args=(slot,), name=f"probe {slot.engine.name}", daemon=True).start()
+
+    def _probe(self, slot: Slot) -> None:
+        """In a thread of its own; what is found holds for all calls."""
+        probe([slot])
+        self._tell(self.books.calls)
+
+    def _take(self, attempt: _Attempt, outcome: Any, health: Health) -> None:
         slot, key, result = attempt.slot, attempt.request.key, self.result
         if isinstance(outcome, WrongModelError):
             raise outcome
-        if _is_refusal(outcome) and healthy:
+        if is_refusal(outcome) and health is Health.HEALTHY:
             result.refused[key] = f"{slot.engine.name}: {cause_of(outcome)}"
+        elif isinstance(outcome, (EngineBusyError, EngineLostError)) or (is_refusal(outcome) and health is Health.SUSPECT):
+            return self._fail(attempt, outcome, health)
         elif isinstance(outcome, BaseException):
             # A STALE engine was restarted behind our back and refuses everything: its requests are not to blame.
-            cause = f"it can generate no longer: {cause_of(outcome)}" if _is_refusal(outcome) else cause_of(outcome)
+            cause = f"it can generate no longer: {cause_of(outcome)}" if is_refusal(outcome) else cause_of(outcome)
             return self._lose(slot, cause)
         elif fault := self._fault(attempt.request, outcome):
             return self._lose(slot, fault)
@@ -199,7 +191,28 @@ class Call:
             result.completions[key] = list(outcome)
             result.empty += sum(not completion.token_ids for completion in outcome)
             result.tokens += sum(len(completion.token_ids) for completion in outcome)
+            slot.overdue.clear()
         self._give_up([attempt])
+
+    def _fail(self, attempt: _Attempt, error: BaseException, health: Health | None) -> None:
+        """It failed on the way, and the engine is in this `health` (None: not known, it has not come back).  Asked again, unless that was the last time."""
+        slot, key, cause = attempt.slot, attempt.request.key, cause_of(error)
+        late = isinstance(error, EngineTimeoutError)
+        if late:
+            slot.missed_deadline((id(self), key), cause)  # two calls may use one key
+        elif health is Health.SUSPECT:
+            slot.suspect(cause)
+        if slot.cause is not None or health in (Health.DEAD, Health.STALE):
+            return self._lose(slot, cause)
+        self.failed[key] += 2 if late else 1
+        if self.failed[key] > RETRIES and health is Health.SUSPECT:
+            return self._lose(slot, f"it failed {RETRIES + 1} times: {cause}")
+        self._give_up([attempt])
+        if self.failed[key] > RETRIES:
+            self.result.refused[key] = f"{slot.engine.name}: asked as often as allowed, the last time: {cause}"
+            return
+        self.waiting.append((time.monotonic() + backoff(self.failed[key]), attempt.request))
+        self.result.retried += 1
 
     def _fault(self, request: Request, answer: Any) -> str | None:
         """What makes the answer another one than was asked for."""
@@ -216,7 +229,7 @@ class Call:
     def _lose(self, slot: Slot, cause: str) -> None:
         """The engine is DEAD; all it was asked goes back, to be asked elsewhere."""
         slot.lose(cause)
-        self.result.lost.setdefault(slot.engine.name, cause)
+        cause = self.result.lost.setdefault(slot.engine.name, slot.cause or cause)
         lost = [attempt for attempt in self.running if attempt.slot is slot]
         self._give_up(lost)
         for attempt in lost:
@@ -235,45 +248,17 @@ class Call:
                 attempt.given_up = True
                 attempt.slot.load = max(0, attempt.slot.load - 1)
                 self.running.discard(attempt)
-            for call in self.books.calls - {self}:
-                call.handed_back.put(None)
+            self._tell(self.books.calls - {self})
+
+    @staticmethod
+    def _tell(calls: Iterable[Call]) -> None:
+        """That there may be something to do."""
+        for call in list(calls):
+            call.handed_back.put(None)
 
     def _why_missing(self) -> str:
         if self.books.closed:
             return "the fleet was closed"
+        if self.result.stopped:
+            return "stopped"
         return "no engine is left to ask: " + "; ".join(f"{slot.engine.name}: {slot.cause or 'has no complete new weights'}" for slot in self.books.slots)
-
-
-def each(slots: Sequence[Slot], act: Callable[[RolloutEngine], Any], limit_s: float | None = None) -> list[Any]:
-    """act(engine) of all slots at once: what each returned or raised; EngineLostError for one that took longer than limit_s."""
-    outcomes: list[Any] = [EngineLostError(f"no answer within {limit_s} s")] * len(slots)
-
-    def run(index: int) -> None:
-        try:
-            outcomes[index] = act(slots[index].engine)
-        except BaseException as error:
-            outcomes[index] = error
-
-    threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(slots))]
-    for thread in threads:
-        thread.start()
-    end = None if limit_s is None else time.monotonic() + limit_s
-    for thread in threads:
-        thread.join(None if end is None else max(0.0, end - time.monotonic()))
-    return outcomes
-
-
-def cause_of(error: BaseException) -> str:
-    """The message; of an error that is none of an engine's, its type too."""
-    return str(error) if isinstance(error, EngineError) and str(error) else f"{type(error).__name__}: {error}"
-
-
-def _is_refusal(outcome: Any) -> bool:
-    return isinstance(outcome, EngineError) and not isinstance(outcome, (EngineLostError, WrongModelError))
-
-
-def _is_healthy(engine: RolloutEngine) -> bool:
-    try:
-        return engine.health() is Health.HEALTHY
-    except Exception:
-        return False

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
-__all__ = ["Completion", "EngineError", "EngineLostError", "Health", "RolloutEngine", "SamplingParams", "WrongModelError"]
+__all__ = [
+    "Completion", "EngineBusyError", "EngineError", "EngineLostError", "EngineTimeoutError", "Health", "RolloutEngine", "SamplingParams", "WrongModelError"
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +56,12 @@ class Health(Enum):
     """What an engine can do now.  Only a finished update makes a STALE engine HEALTHY."""
 
     HEALTHY = "healthy"
+    SUSPECT = "suspect"
+    """Did not answer, and nothing proves that it is dead: is asked for nothing until it answers a probe, and is DEAD when it misses several."""
     STALE = "stale"
     """Alive, without a complete set of the newest weights: generates nothing."""
     DEAD = "dead"
+    """Its process has ended, or it says so itself."""
 
 
 class EngineError(RuntimeError):
@@ -65,12 +70,20 @@ class EngineError(RuntimeError):
     exit_code = 5
 
 
+class EngineBusyError(EngineError):
+    """An engine that is well did not give an answer this time (HTTP 5xx or 429, a body that is none): asked again, it may."""
+
+
 class WrongModelError(EngineError):
     """The engine serves another model, vocabulary or tensor shapes than the trainer trains, or is ahead of it in weight versions."""
 
 
 class EngineLostError(EngineError):
     """An engine died, hangs or cannot be reached: what was asked of it may be asked of another one."""
+
+
+class EngineTimeoutError(EngineLostError):
+    """An engine did not answer in time."""
 
 
 class RolloutEngine(Protocol):
@@ -84,7 +97,8 @@ class RolloutEngine(Protocol):
     """None: no complete set of weights from us yet."""
 
     def generate(self, prompt_ids: Sequence[int], params: SamplingParams, *, timeout_s: float) -> list[Completion]:
-        """params.n completions.  EngineError while STALE, for a prompt that leaves no room, and for samples of mixed or other weights."""
+        """params.n completions.  EngineError while STALE, for a prompt that leaves no room, for samples of mixed or other weights, and for an
+        answer that is not what was asked for; EngineBusyError when asking again may help."""
 
     def begin_update(self, version: int) -> None:
         """Stop generating and expect weights.  WrongModelError unless `version` is above weight_version."""

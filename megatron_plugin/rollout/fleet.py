@@ -5,8 +5,9 @@
     if generated.missing:                     # engines died and none was left for these
         fleet.restart_dead()                  # STALE now: send the weights, then ask again for what is missing
 
-Every request ends in exactly one of `completions`, `refused` and `missing`.  An engine that dies, misses a deadline or answers something
-else than was asked is DEAD from then on, whatever it says later, until `restart_dead` has brought it back; an update makes it HEALTHY.
+Every request ends in exactly one of `completions`, `refused` and `missing`.  An engine that gives no answer is SUSPECT until it answers a probe
+(slots.py); one that dies, stays silent, is late with two requests or answers something else than was asked is DEAD from then on, whatever it says later,
+until `restart_dead` has brought it back; an update makes it HEALTHY.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-from megatron_plugin.rollout.dispatch import Books, Call, Generated, Request, Slot, cause_of, each
+from megatron_plugin.rollout.dispatch import Books, Call
 from megatron_plugin.rollout.engine import EngineLostError, Health, RolloutEngine, WrongModelError
+from megatron_plugin.rollout.requests import Generated, Request
+from megatron_plugin.rollout.slots import Slot, cause_of, each, probe
 
 __all__ = ["Fleet", "Generated", "Request"]
-
-HEALTH_S = 10.0  # an engine that does not say how it is within this time is not asked for anything else
 
 CONCURRENCY = 64
 """Requests in flight per engine."""
@@ -28,7 +29,8 @@ CONCURRENCY = 64
 class Fleet:
     """One or more engines with distinct names.
 
-    timeout_s: seconds an engine has for one request, after which it counts as lost.  concurrency: requests in flight per engine.
+    timeout_s: seconds an engine has for one request; it is SUSPECT when it takes longer, DEAD the second time.  concurrency: requests in flight per
+    engine.
     max_restarts: per engine, over the fleet's life.
     """
 
@@ -49,12 +51,13 @@ class Fleet:
         """Those that are not DEAD: an update goes to all of them."""
         return [slot.engine for slot in self._alive()]
 
-    def generate(self, requests: Iterable[Request]) -> Generated:
+    def generate(self, requests: Iterable[Request], *, stop: Callable[[], bool] | None = None) -> Generated:
         """Ask for every request, and wait until each is completed, refused or missing.
 
         Only HEALTHY engines with the newest weights among them are asked.  Waits no longer for any answer than timeout_s (and a tenth),
         and not at all when no engine is left.  May be called from any thread, by several at once: they share `concurrency`, and a call that
         finds every place taken waits for one.  WrongModelError is passed on; every other failure is in the result.
+        `stop` is asked twice a second; once it says yes, what is not answered is missing ("stopped"), within a second.
         """
         requests = list(requests)
         counts = Counter(request.key for request in requests)
@@ -62,23 +65,21 @@ class Fleet:
             raise ValueError(f"requests: got the key {twice[0]!r} {counts[twice[0]]} times, expected every key once: results are found by key")
         if self._books.closed:
             raise ValueError("the fleet is closed: it generates nothing any more")
-        already = set(self.dead())
-        call = Call(self._books, self._usable(), requests)
+        already, suspected = set(self.dead()), self._suspected()
+        call = Call(self._books, self._usable(), requests, stop)
         call.result.lost = {name: cause for name, cause in self.dead().items() if name not in already}
-        return call.run()
+        generated = call.run()
+        generated.suspected = self._suspected() - suspected
+        return generated
 
     def health(self) -> dict[str, Health]:
         """By name, asked of all engines at once, within 10 s.  What is DEAD stays DEAD until restart_dead."""
-        alive = self._alive()
-        said = dict(zip(alive, each(alive, lambda engine: engine.health(), HEALTH_S), strict=True))
-        for slot, answer in said.items():
-            if isinstance(answer, WrongModelError):
-                raise answer
-            if not isinstance(answer, Health):
-                slot.lose(cause_of(answer) if isinstance(answer, BaseException) else f"health() returned {answer!r}")
-            elif answer is Health.DEAD:
-                slot.lose("found dead")
-        return {slot.engine.name: said[slot] if slot in said and slot.cause is None else Health.DEAD for slot in self._slots}
+        probe(self._alive())
+        return self.states()
+
+    def states(self) -> dict[str, Health]:
+        """The same from memory: no engine is asked."""
+        return {slot.engine.name: slot.state for slot in self._slots}
 
     def dead(self) -> dict[str, str]:
         """Why each DEAD engine is, by name: from memory, no engine is asked."""
@@ -92,11 +93,12 @@ class Fleet:
             raise ValueError(f"got the engine '{name}', expected one of {', '.join(slot.engine.name for slot in self._slots)}")
         slot.lose(cause)
 
-    def restart_dead(self) -> list[str]:
+    def restart_dead(self, *, stop: Callable[[], bool] | None = None) -> list[str]:
         """Bring DEAD engines back, all at once; the names of those that are, STALE until an update has finished.
 
         An engine whose restart fails, or whose max_restarts are used up, stays DEAD, and the others go on without it.  While that leaves
         no engine at all it is tried again, and EngineLostError (exit code 5) names every cause once no restart is left.
+        `stop` is asked several times a second; once it says yes, those that are back are returned, and a restart under way is left to `close`.
         """
         back = []
         while dead := [slot for slot in self._slots if slot.cause is not None]:
@@ -104,20 +106,20 @@ class Fleet:
             if not able and len(dead) == len(self._slots):
                 causes = "; ".join(f"{slot.engine.name}: {slot.cause}" for slot in dead)
                 raise EngineLostError(f"no rollout engine is left, and each was restarted {self.max_restarts} times, as often as allowed: {causes}")
-            for slot, outcome in zip(able, each(able, lambda engine: engine.restart()), strict=True):
+            for slot, outcome in zip(able, each(able, lambda engine: engine.restart(), stop=stop), strict=True):
                 slot.restarts += 1
                 if isinstance(outcome, WrongModelError):
                     raise outcome
                 if isinstance(outcome, BaseException):
                     slot.cause = f"{slot.cause}; restart {slot.restarts} failed: {cause_of(outcome)}"
                 else:
-                    slot.cause = None
+                    slot.revive()
                     back.append(slot.engine.name)
             if self._books.closed:  # by a signal handler, meanwhile: what was just started must not outlive it
                 for slot in able:
                     slot.engine.close()
                 raise EngineLostError("the fleet was closed while its engines were restarted")
-            if self._alive():
+            if self._alive() or (stop is not None and stop()):
                 break
         return back
 
@@ -153,12 +155,15 @@ class Fleet:
     def _alive(self) -> list[Slot]:
         return [slot for slot in self._slots if slot.cause is None]
 
+    def _suspected(self) -> int:
+        return sum(slot.suspected for slot in self._slots)
+
     def _usable(self) -> list[Slot]:
-        """HEALTHY engines with the newest weights among them: the completions of one call are never of mixed weights."""
-        health = self.health()
-        healthy = [slot for slot in self._slots if health[slot.engine.name] is Health.HEALTHY]
-        newest = max((slot.version for slot in healthy), default=-1)
-        return [slot for slot in healthy if slot.version == newest]
+        """HEALTHY engines with the newest weights among them, and SUSPECT ones that had them: completions of one call are never of mixed weights."""
+        states = self.health()
+        usable = [slot for slot in self._slots if states[slot.engine.name] in (Health.HEALTHY, Health.SUSPECT) and slot.version >= 0]
+        newest = max((slot.version for slot in usable), default=-1)
+        return [slot for slot in usable if slot.version == newest]
 
     def _all(self, act: Callable[[RolloutEngine], None]) -> None:
         alive, errors = self._alive(), []

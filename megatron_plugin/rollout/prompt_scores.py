@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from megatron_plugin.rollout.engine import EngineError
+from megatron_plugin.rollout.engine import EngineError, EngineLostError
 from megatron_plugin.rollout.vllm_wire import CONTROL_S, Wire
 
 __all__ = ["PromptScores"]
@@ -27,6 +27,22 @@ class PromptScores:
         self.model: str = models[0]["id"]
         self.longest: int = models[0]["max_model_len"] - 1
         """Tokens that can be scored: the server insists on drawing one more."""
+        self.weights = self._whose_weights()
+        """Such as "version 7", of a trainer that sends them; "": the server says nothing about it, as `vllm serve` does not."""
+
+    def _whose_weights(self) -> str:
+        """EngineError for a server of ours that has none yet: scores of random weights look like scores."""
+        try:
+            version = self._wire.read("GET", "/weight_info", "weight_version")
+            if str(version).isdigit():
+                return f"version {version}"
+            self._wire.call("megatron_plugin_describe")
+        except EngineLostError:
+            raise
+        except EngineError:  # no such route: a server of somebody else's, with the weights that it was started with
+            return ""
+        raise EngineError(f"{self._wire.url}: got a rollout server that no trainer has sent weights to, so they are random; expected the model's own: "
+                          "start `vllm serve HF_DIR`, or score with the run directory")  # fmt: skip
 
     def logp(self, token_ids: Sequence[int]) -> list[float]:
         """log p of each token given those before it, nats at temperature 1 whatever the server samples with; 0 for the first, which nothing predicts.

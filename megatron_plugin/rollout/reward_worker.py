@@ -1,6 +1,6 @@
 """The process that judges answers: samples as lines of JSON on stdin, verdicts as lines on stdout.  worker_pool.py starts it.
 
-It sets itself an alarm for each answer, which ends it in C code too and when the parent is gone, and limits its own memory.
+It sets itself an alarm for each answer, which ends it in C code too and when the parent is gone, limits its own memory, and leaves the network.
 Imports nothing but the standard library until it knows its task, so that it starts in a tenth of a second.
 """
 
@@ -13,6 +13,8 @@ import signal
 import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+from megatron_plugin.rollout.no_network import leave_network
 
 __all__ = ["Verdict", "main"]
 
@@ -37,13 +39,14 @@ def main() -> None:
         replies.flush()
 
     task = json.loads(lines.readline())
+    network_kept = "" if task["network"] else leave_network()  # before anything of the judge's is imported
     try:
         judge = _judge_of(task)
     except Exception as error:
         reply({"failed": str(error)})
         return
     _limit_memory(task["memory_mb"])
-    reply({"ready": True})
+    reply({"ready": True, "network_kept": network_kept})
     while line := _next_line(lines, parent):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, whatever code it is in
         signal.setitimer(signal.ITIMER_REAL, task["timeout_s"])
@@ -55,9 +58,20 @@ def main() -> None:
         except MemoryError:
             reward, cause, detail = 0.0, "memory", f"more than {task['memory_mb']} MiB"
         except BaseException as error:  # SystemExit too
-            reward, cause, detail = 0.0, "error", f"{type(error).__name__}: {error}"[:500]
+            reward, cause, detail = 0.0, "error", f"{type(error).__name__}: {error}"[:500] + (_place(error) if task["kind"] == "user" else "")
+            if isinstance(error, OSError) and not task["network"]:
+                detail += " (a reward has no network unless rollout.reward_network is true)"
         signal.setitimer(signal.ITIMER_REAL, 0)
         reply({"reward": reward, "cause": cause, "detail": detail})
+
+
+def _place(error: BaseException) -> str:
+    """" (file:line)": where in the user's own file it was raised, or called what raised it."""
+    import traceback
+
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    own = [frame for frame in frames if frame.filename == frames[0].filename]
+    return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
 
 
 def _next_line(lines, parent: int) -> bytes:

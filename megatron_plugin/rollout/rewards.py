@@ -80,15 +80,16 @@ class Reward(Protocol):
 
 
 def make_reward(
-    spec: str | Mapping[str, float], *, timeout_s: float = 5.0, memory_mb: int = 1024, pattern: str = ANSWER_LINE, full_match: bool = True, workers: int = 2
-) -> Reward:
+    spec: str | Mapping[str, float], *, timeout_s: float = 5.0, memory_mb: int = 1024, pattern: str = ANSWER_LINE, full_match: bool = True,
+    workers: int = 2, network: bool = False,
+) -> Reward:  # fmt: skip
     """The reward of a name, a dotted path, or a mapping of these to weights.
 
     timeout_s, memory_mb (MiB): of one answer, in a worker process; workers: processes per judge.  pattern, full_match: of "format"; without
-    full_match it is searched for anywhere.  ValueError for an unknown name, a function that cannot be called, and impossible numbers.
+    full_match it is searched for anywhere.  network: for a function that asks a server.  ValueError for an unknown name, a function that cannot be called, and impossible numbers.
     """
     if isinstance(spec, str):
-        return _single(spec, dict(timeout_s=timeout_s, memory_mb=memory_mb, count=workers), pattern, full_match)
+        return _single(spec, dict(timeout_s=timeout_s, memory_mb=memory_mb, count=workers, network=network), pattern, full_match)
     if not isinstance(spec, Mapping) or not spec:
         raise ValueError(f"reward: got {spec!r}, expected one of {', '.join(REWARDS)}, 'package.module.function', or a mapping of these to weights")
     for name, weight in spec.items():
@@ -98,7 +99,7 @@ def make_reward(
     try:
         for name, weight in spec.items():
             made[name] = float(weight), make_reward(
-                name, timeout_s=timeout_s, memory_mb=memory_mb, pattern=pattern, full_match=full_match, workers=workers
+                name, timeout_s=timeout_s, memory_mb=memory_mb, pattern=pattern, full_match=full_match, workers=workers, network=network
             )
     except BaseException:
         for _, reward in made.values():

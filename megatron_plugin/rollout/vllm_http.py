@@ -9,19 +9,24 @@ Requests go to exactly the URL named: no redirect is followed, no proxy of the e
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from megatron_plugin.rollout.engine import Completion, EngineError, EngineLostError, Health, SamplingParams, WrongModelError
+from megatron_plugin.rollout.lease import LEASE_S
+from megatron_plugin.rollout.vllm_answer import OtherWeightsError, choices_of, completion_of, most_bytes
 from megatron_plugin.rollout.vllm_model import ModelDescription, describe_model
-from megatron_plugin.rollout.vllm_process import EngineOptions, ServerProcess, start_server
+from megatron_plugin.rollout.vllm_process import SAY_S, EngineOptions, ServerProcess, start_server
 from megatron_plugin.rollout.vllm_versions import check_vllm
 from megatron_plugin.rollout.vllm_wire import CONNECT_S, Wire
 
 __all__ = ["VLLMEngine", "connect_engine", "start_engine"]
 
+log = logging.getLogger("megatron_plugin")
+RELEASE_S = 2.0  # of giving a server back at the end
 
 Engine = TypeVar("Engine", bound="VLLMEngine")
 
@@ -38,11 +43,19 @@ def start_engine(options: EngineOptions, kind: type[Engine] | None = None) -> En
         raise
 
 
-def connect_engine(url: str, expected: ModelDescription, *, start_timeout_s: float = 300.0) -> VLLMEngine:
+def connect_engine(url: str, expected: ModelDescription, *, start_timeout_s: float = 300.0, owner: str = "") -> VLLMEngine:
     """A running server (`megatron-plugin serve`), STALE until we have sent it weights.
 
-    WrongModelError when it serves something else than `expected`; EngineLostError when nothing answers within start_timeout_s."""
-    return VLLMEngine(url.rstrip("/"), expected, start_timeout_s=start_timeout_s)
+    owner: who sends it weights, the same after a restart; "": nobody in particular, who is neither refused nor keeps others away.
+    WrongModelError when it serves something else than `expected`; EngineLostError when nothing answers within start_timeout_s; EngineError while
+    another owner has it (lease.py)."""
+    engine = VLLMEngine(url.rstrip("/"), expected, start_timeout_s=start_timeout_s, owner=owner)
+    try:
+        engine.claim()
+    except BaseException:
+        engine.close()
+        raise
+    return engine
 
 
 class VLLMEngine:
@@ -56,7 +69,9 @@ class VLLMEngine:
         process: ServerProcess | None = None,
         options: EngineOptions | None = None,
         start_timeout_s: float = 300.0,
+        owner: str = "",
     ):
+        self.owner = owner
         self.expected = expected
         self.process = process
         self.options = options
@@ -93,8 +108,8 @@ class VLLMEngine:
             )
         room = self.max_model_len - len(prompt_ids)
         body = {"token_ids": list(prompt_ids), "sampling_params": self._sampling(params, room)}
-        answer = self._wire.request("POST", "/inference/v1/generate", timeout_s, json=body).json()
-        return [self._completion(choice, params, version) for choice in sorted(answer["choices"], key=lambda choice: choice["index"])]
+        answer = self._wire.ask("/inference/v1/generate", body, timeout_s, most_bytes=most_bytes(params))
+        return [self._completion(choice, params, version) for choice in choices_of(answer, params.n, self.name)]
 
     def _sampling(self, params: SamplingParams, room: int) -> dict[str, Any]:
         """vLLM's sampling parameters: all that matter, so that no default of the server's decides."""
@@ -110,27 +125,28 @@ class VLLMEngine:
             "detokenize": False,
         }
 
-    def _completion(self, choice: dict[str, Any], params: SamplingParams, version: int) -> Completion:
+    def _completion(self, choice: Mapping[str, Any], params: SamplingParams, version: int) -> Completion:
         """EngineError for an answer whose tokens, log-probabilities or versions are not what was asked for."""
-        token_ids = tuple(choice["token_ids"] or ())
-        logprobs = tuple(entry["logprob"] for entry in (choice["logprobs"] or {}).get("content") or ())
-        versions = {span["version"] for span in choice.get("weight_versions") or ()}
-        if token_ids and versions != {str(version)}:
+        try:
+            return completion_of(choice, params, version=version, vocab_size=self.vocab_size, engine=self.name)
+        except OtherWeightsError:
             if self.weight_version == version:  # else an update of our own came between
                 self.weight_version = None
-            raise EngineError(
-                f"{self.name}: got a completion of weight version(s) {', '.join(sorted(versions)) or 'unknown'}, expected {version} alone: "
-                "was the server restarted, or is it updated by someone else, too?"
-            )
-        if len(logprobs) != len(token_ids) or not all(map(math.isfinite, logprobs)):
-            raise EngineError(f"{self.name}: got {len(logprobs)} log-probabilities for {len(token_ids)} tokens, expected one finite number for each")
-        if choice["finish_reason"] not in ("stop", "length"):
-            raise EngineError(f"{self.name}: got a completion that ended by {choice['finish_reason']!r}, expected 'stop' or 'length'")
-        return Completion(token_ids, logprobs, choice["finish_reason"], version)
+            raise
 
     # -- weights ----------------------------------------------------------------------------------------------------------------------------------
 
+    def claim(self) -> None:
+        """Say that the server is ours, still.  EngineError when another trainer has it."""
+        taken = next(filter(None, self._wire.call("megatron_plugin_claim", self.owner)), None) if self.owner else None
+        if taken:
+            raise EngineError(
+                f"{self.name}: got a server that {taken['owner']} sends weights to, last {taken['seen_s']:.0f} s ago, expected one of this run's own: each "
+                f"trainer needs its own server; if that one has ended, restart the server or wait until it was silent for {LEASE_S:.0f} s"
+            )
+
     def begin_update(self, version: int) -> None:
+        self.claim()
         self._server_version = max(self._server_version, self._read_version())
         if version <= (newest := self.newest_version):
             raise WrongModelError(
@@ -139,6 +155,8 @@ class VLLMEngine:
             )
         if self._asleep:
             self.wake()
+        if self.process is not None:
+            self.process.cap_log()
         self.weight_version = None
         self._updating = version
         # running requests end with the weights they began with; an engine whose requests take longer than CONTROL_S (120 s) counts as lost, which
@@ -160,7 +178,7 @@ class VLLMEngine:
         self._wire.request("POST", "/finish_weight_update", json={"weight_version": str(version)})
         self._server_version = version
         # nothing in vLLM's update does it, and keys and values of the old weights would be taken for those of the new ones
-        if not self._wire.request("POST", "/reset_prefix_cache").json()["success"]:
+        if not self._wire.read("POST", "/reset_prefix_cache", "success"):
             raise EngineError(f"{self.name}: the prefix cache could not be emptied: blocks are still held by running requests")
         if (found := self._read_version()) != version:
             raise EngineError(f"{self.name}: got weight version {found} after the update, expected {version}: is it updated by someone else, too?")
@@ -182,7 +200,8 @@ class VLLMEngine:
     # -- state ------------------------------------------------------------------------------------------------------------------------------------
 
     def pause(self) -> None:
-        self._wire.request("POST", "/pause", params={"mode": "keep"})
+        # vLLM's default empties the cache: every running request would be pushed out and computed again
+        self._wire.request("POST", "/pause", params={"mode": "keep", "clear_cache": False})
 
     def resume(self) -> None:
         self._wire.request("POST", "/resume")
@@ -200,9 +219,8 @@ class VLLMEngine:
     def health(self) -> Health:
         if self.process is not None and not self.process.alive():
             return Health.DEAD
-        if not self._wire.healthy():
-            return Health.DEAD
-        return Health.STALE if self.weight_version is None else Health.HEALTHY
+        said = self._wire.health()
+        return Health.STALE if said is Health.HEALTHY and self.weight_version is None else said
 
     def restart(self) -> None:
         self.weight_version = self._updating = None
@@ -216,6 +234,12 @@ class VLLMEngine:
 
     def close(self) -> None:
         self.weight_version = self._updating = None
+        if self.owner:
+            try:
+                body = {"method": "megatron_plugin_release", "args": [self.owner]}
+                self._wire.request("POST", "/collective_rpc", RELEASE_S, json=body)
+            except EngineError:  # it is gone, or hangs: the lease ends by itself
+                pass
         self._wire.close()
         if self.process is not None:
             self.process.stop()
@@ -227,14 +251,18 @@ class VLLMEngine:
         self.name = url
         self._wire = Wire(url)
         self._asleep = False
-        deadline = time.monotonic() + self.start_timeout_s
+        begin, said = time.monotonic(), -math.inf
         while True:
             try:
                 self._wire.request("GET", "/health", CONNECT_S)
                 break
-            except EngineLostError:
-                if self.process is not None or time.monotonic() > deadline:
+            except EngineLostError as error:
+                now = time.monotonic()
+                if self.process is not None or now > begin + self.start_timeout_s:
                     raise
+                if now > said + SAY_S:
+                    said = now
+                    log.warning("waiting for rollout server %s, %.0f of %.0f s: %s", url, now - begin, self.start_timeout_s, error)
                 time.sleep(0.5)
         self._check_model()
 
@@ -245,20 +273,23 @@ class VLLMEngine:
             raise
         except EngineError as error:
             raise EngineError(f"{error}: it does not say what it serves: was it started by 'megatron-plugin serve'?") from error
-        check_vllm(found["vllm"])
-        if self.process is not None and found["engine_id"] != self.process.engine_id:
-            raise EngineLostError(f"{self.name}: another server took the port that was free; start again")
-        self.expected.check(found, self.name)
-        self.max_model_len: int = found["max_model_len"]
-        self.vocab_size: int = found["vocab_size"]
-        self.workers: int = found["workers"]
-        self.backend: str = found["backend"]
-        self._ends: list[int] = found["end_token_ids"]
+        try:
+            check_vllm(found["vllm"])
+            if self.process is not None and found["engine_id"] != self.process.engine_id:
+                raise EngineLostError(f"{self.name}: another server took the port that was free; start again")
+            self.expected.check(found, self.name)
+            self.max_model_len: int = found["max_model_len"]
+            self.vocab_size: int = found["vocab_size"]
+            self.workers: int = found["workers"]
+            self.backend: str = found["backend"]
+            self._ends: list[int] = found["end_token_ids"]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise EngineError(f"{self.name}: got a description without {error}, expected that of 'megatron-plugin serve' of this version") from error
         self._server_version = self._read_version()
 
     def _read_version(self) -> int:
         """-1 for a server whose weights no trainer has ever set."""
-        version = self._wire.request("GET", "/weight_info").json()["weight_version"]
+        version = self._wire.read("GET", "/weight_info", "weight_version")
         return int(version) if str(version).isdigit() else -1
 
 

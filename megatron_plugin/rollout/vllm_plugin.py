@@ -27,6 +27,7 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
 
 from megatron_plugin.rollout.expected_weights import ExpectedWeights
+from megatron_plugin.rollout.lease import Lease
 from megatron_plugin.rollout.transports.bucket import Manifest, tensors_of
 from megatron_plugin.rollout.transports.gloo import broadcast, join
 from megatron_plugin.rollout.transports.shm import received
@@ -243,6 +244,13 @@ class WorkerExtension:
             "vllm": VLLM_VERSION,
             "engine_id": os.environ.get("MEGATRON_PLUGIN_ENGINE", ""),
         }
+
+    def megatron_plugin_claim(self, owner: str) -> dict[str, Any] | None:
+        """Whether this trainer may send weights (lease.py)."""
+        return self.__dict__.setdefault("megatron_plugin_lease", Lease()).claim(owner)
+
+    def megatron_plugin_release(self, owner: str) -> None:
+        self.__dict__.setdefault("megatron_plugin_lease", Lease()).release(owner)
 
     def megatron_plugin_abort_update(self) -> None:
         """End an update that its trainer gave up; nothing where there is none."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import ipaddress
 import json
+import logging
 import os
 import secrets
 import signal
@@ -28,16 +29,19 @@ from pathlib import Path
 import torch
 
 from megatron_plugin.rollout.engine import EngineLostError
+from megatron_plugin.rollout.server_log import cap_log
 from megatron_plugin.rollout.vllm_model import check_cpu_heads, read_config
 from megatron_plugin.rollout.vllm_versions import BACKENDS, check_vllm
 from megatron_plugin.rollout.watchdog import OWNER
 
 __all__ = ["EngineOptions", "ServerProcess", "server_command", "server_environment", "start_server"]
 
+logger = logging.getLogger("megatron_plugin")
 FORBIDDEN = "VLLM_ALLOW_INSECURE_SERIALIZATION"  # pickle from whoever reaches the port
 EXTENSION = "megatron_plugin.rollout.vllm_plugin.WorkerExtension"
 TERM_S = 5.0  # between asking to end and killing; a healthy engine needs 0.5 s
 LOG_LINES = 15
+SAY_S = 60.0  # between words about a server that is not there yet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +73,8 @@ class EngineOptions:
     sleep: bool = False
     """GPU: enable vLLM's sleep mode."""
     log: str = "engine.log"
-    """Output of the server.  Appended to, under a headline for each start: a restart keeps the traceback of the death that it repairs."""
+    """Output of the server.  Appended to, under a headline for each start: a restart keeps the traceback of the death that it repairs.  Beyond
+    64 MiB its last MiB goes to a file of the name with ".1" behind it, and it begins anew."""
     start_timeout_s: float = 300.0
     extra_args: tuple[str, ...] = ()
     """Appended to the command as they are."""
@@ -163,6 +168,11 @@ class ServerProcess:
             return f"(no log: {error})"
         return "\n".join([line for line in text.splitlines() if line.strip()][-LOG_LINES:])
 
+    def cap_log(self) -> None:
+        """Keep the log from filling the disk, without the server's noticing: it appends, wherever the end is."""
+        if cap_log(self.log):
+            self.log_begin = 0
+
     def stop(self) -> None:
         """End the whole process group: asked first, killed after 5 s.  Python's resource tracker goes last: it removes shared memory."""
         group = self.popen.pid
@@ -196,40 +206,52 @@ def _stop_all() -> None:
         process.stop()
 
 
-def start_server(options: EngineOptions) -> ServerProcess:
-    """Start vLLM on loopback at a free port and wait until it answers.
+def start_server(options: EngineOptions, *, host: str = "127.0.0.1", port: int = 0, allow_public: bool = False) -> ServerProcess:
+    """Start vLLM, on loopback at a free port unless told otherwise, and wait until it answers.
 
     EngineLostError with the last lines of its log when it ends or is not ready within options.start_timeout_s; RuntimeError for an unsupported
     version."""
     check_vllm()
     started = time.monotonic()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = server_command(options, "127.0.0.1", port)
+    if not port:
+        with socket.socket() as probe:
+            probe.bind((host, 0))
+            port = probe.getsockname()[1]
+    command = server_command(options, host, port, allow_public=allow_public)
     engine_id = secrets.token_hex(8)
     environment = server_environment(options) | {OWNER: str(os.getpid()), "MEGATRON_PLUGIN_ENGINE": engine_id}
     log = Path(options.log)
     log.parent.mkdir(parents=True, exist_ok=True)
+    cap_log(log)
     with log.open("ab") as output:
         output.write(f"\n==== vLLM is started, {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
         output.flush()
         begin = output.tell()
         popen = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True)
-    process = ServerProcess(popen, f"http://127.0.0.1:{port}", engine_id, log, begin)
+    process = ServerProcess(popen, url_of(host, port), engine_id, log, begin)
     _RUNNING.add(process)
     try:
-        while not answers(process.url):
+        said, at_home = started, url_of({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
+        while not answers(at_home):
             seconds = time.monotonic() - started
             if not process.alive() or seconds > options.start_timeout_s:
                 what = f"is not ready after {seconds:.0f} s" if process.alive() else f"ended with exit code {popen.returncode} after {seconds:.0f} s"
                 raise EngineLostError(f"vLLM for {options.model_dir} {what}; the end of {log}:\n{process.log_tail()}")
+            if time.monotonic() - said > SAY_S:
+                said = time.monotonic()
+                last = process.log_tail().rpartition("\n")[2]
+                logger.warning("vLLM for %s is not ready after %.0f of %.0f s; the last line of %s: %s", options.model_dir, seconds, options.start_timeout_s,
+                               log, last)  # fmt: skip
             time.sleep(0.1)
     except BaseException:
         process.stop()
         raise
     process.start_s = time.monotonic() - started
     return process
+
+
+def url_of(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def answers(url: str, timeout_s: float = 2.0) -> bool:

@@ -4,12 +4,14 @@
         workers.judge([{"prompt": "...", "completion": "...", "reference": "...", "finish_reason": "stop"}])   # [Verdict(1.0, "right")]
 
 Parent and worker exchange lines of JSON over pipes: nothing is pickled, and what a judge prints goes to stderr.  The worker's own alarm
-ends an answer that takes too long; the parent's clock stands behind it.  This is a fence against accidents, not against code that means harm.
+ends an answer that takes too long; the parent's clock stands behind it.  A worker has no network (no_network.py), and a judge of ours does not
+see the environment either, where keys are.  This is a fence against accidents, not against code that means harm: it can read files.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import select
 import signal
@@ -24,7 +26,10 @@ from megatron_plugin.rollout.reward_worker import Verdict
 
 __all__ = ["WorkerStartError", "Workers"]
 
+log = logging.getLogger("megatron_plugin")
 START_S = 120.0  # the start of a math judge takes 0.6 s of a free core; the module of a user's function may import torch
+HARMLESS = ("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TMPDIR", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "VIRTUAL_ENV", "PYTHONHASHSEED")
+"""Variables that a judge of ours is given; a user's function is given all."""
 GRACE_S = 1.0  # after the worker's own alarm
 
 
@@ -36,13 +41,14 @@ class Workers:
     """`count` worker processes for one task, started when first needed and again after each one that was lost.
 
     task: {"kind": "math"}, {"kind": "format", "pattern": ..., "full": bool} or {"kind": "user", "path": "package.module.function"}.
-    timeout_s: seconds per answer.  memory_mb: MiB of address space per worker beyond what it takes after its imports.
+    timeout_s: seconds per answer.  memory_mb: MiB of address space per worker beyond what it takes after its imports.  network: whether a
+    worker may open network sockets.
     """
 
-    def __init__(self, task: Mapping[str, Any], *, timeout_s: float, memory_mb: int, count: int = 1):
+    def __init__(self, task: Mapping[str, Any], *, timeout_s: float, memory_mb: int, count: int = 1, network: bool = False):
         if not timeout_s > 0 or memory_mb < 1 or count < 1:
             raise ValueError(f"got timeout_s={timeout_s}, memory_mb={memory_mb}, count={count}; expected seconds > 0, MiB >= 1, workers >= 1")
-        self.task = {**task, "timeout_s": timeout_s, "memory_mb": memory_mb}
+        self.task = {**task, "timeout_s": timeout_s, "memory_mb": memory_mb, "network": network}
         self.timeout_s = timeout_s
         self.counts: Counter[str] = Counter()
         """lost workers by cause (timeout, memory, crash), and answers asked again of a fresh worker (again)"""
@@ -51,6 +57,8 @@ class Workers:
     def start(self) -> None:
         """Start one worker now, to learn at once whether the task can be done: WorkerStartError when not."""
         self._workers[0].start()
+        if self._workers[0].network_kept:
+            log.warning("reward workers keep the network: %s", self._workers[0].network_kept)
 
     def judge(self, samples: Sequence[Mapping[str, Any]]) -> list[Verdict]:
         """One verdict per sample, in order."""
@@ -99,14 +107,17 @@ class _Worker:
 
     def __init__(self, task: Mapping[str, Any]):
         self.task, self.process, self.deadline, self.answered, self._buffer = task, None, 0.0, 0, b""
+        self.network_kept = ""
+        """Why it could not leave the network, if it should have."""
 
     def start(self) -> None:
         if self.process is not None:
             return
         paths = os.pathsep.join(path or os.getcwd() for path in sys.path)  # the user's function is found where it is found here
+        environment = os.environ if self.task["kind"] == "user" else {name: os.environ[name] for name in HARMLESS if name in os.environ}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "megatron_plugin.rollout.reward_worker"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, env={**os.environ, "PYTHONPATH": paths},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True, env={**environment, "PYTHONPATH": paths},
         )  # fmt: skip
         self.answered, self._buffer = 0, b""
         self.deadline = time.monotonic() + START_S
@@ -114,9 +125,10 @@ class _Worker:
         while not self.is_ready():
             select.select([self.process.stdout], [], [], max(0.0, min(1.0, self.deadline - time.monotonic())))
         reply = self._reply()
-        if reply != {"ready": True}:
+        if not reply or not reply.get("ready"):
             self.close()
             raise WorkerStartError(reply["failed"] if reply else f"the reward worker ended at its start or took longer than {START_S:g} s")
+        self.network_kept = reply["network_kept"]
 
     def ask(self, sample: Mapping[str, Any], limit_s: float) -> None:
         self.start()

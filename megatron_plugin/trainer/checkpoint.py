@@ -1,16 +1,19 @@
 """Checkpoints: weights and optimizer in shards that any layout can load (hooks/dist_checkpoint.py), JSON for the rest.
 
-    <run_dir>/checkpoints/step_00000200/    megatron-core's shards, and train_state.json, which is written last
-A directory appears under its final name only when it is complete.
+    <run_dir>/checkpoints/
+        step_00000200/     megatron-core's shards, train_state.json, and manifest.json, which names them with their hashes
+        latest             the name of the newest one, moved when everything of it is on disk
+        best               {"checkpoint": name, "metric": ..., "value": ...}, with checkpoint.best
+Written by saving.py; here they are found, verified and loaded.  A directory has its final name only when it is complete.  Beside them may lie
+step_*.writing-* of a save that was interrupted (removed at the next start), and step_*.damaged, which a resume has passed over.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
+import logging
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,10 +23,13 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_plugin.hooks import dist_checkpoint
+from megatron_plugin.hooks.checkpoint_pickles import check_pickles
+from megatron_plugin.trainer.manifest import MANIFEST, damage, exchange
 
-__all__ = ["CheckpointError", "find_checkpoint", "load_checkpoint", "newest", "save_checkpoint"]
+__all__ = ["CheckpointError", "candidates", "find_checkpoint", "load_checkpoint", "newest", "read_state", "set_aside", "usable"]
 
-STATE = "train_state.json"
+log = logging.getLogger("megatron_plugin")
+STATE, LATEST = "train_state.json", "latest"
 NAME = re.compile(r"step_(\d{8})")
 
 
@@ -33,16 +39,37 @@ class CheckpointError(ValueError):
     exit_code = 3
 
 
+def candidates(run_dir: str | Path) -> list[Path]:
+    """The checkpoints of a run directory, whole or not, in the order in which a resume tries them: the one that `latest` names and those
+    finished after it was moved (a kill in between), newest first; then earlier ones; then what an abandoned course of the run has left."""
+    folder = Path(run_dir) / "checkpoints"
+    found = sorted((p for p in folder.glob("step_*") if NAME.fullmatch(p.name) and p.is_dir()), reverse=True)
+    try:
+        named, moved = (folder / LATEST).read_text().strip(), (folder / LATEST).stat().st_mtime_ns
+    except OSError:
+        return found
+    fresh = [p for p in found if p.name == named or _written(p) > moved]
+    earlier = [p for p in found if p not in fresh and p.name < named]
+    return [*fresh, *earlier, *(p for p in found if p not in fresh and p not in earlier)]
+
+
+def _written(checkpoint: Path) -> int:
+    """When its manifest was, in ns; -1 without one."""
+    try:
+        return (checkpoint / MANIFEST).stat().st_mtime_ns
+    except OSError:
+        return -1
+
+
 def newest(run_dir: str | Path) -> Path | None:
-    """The complete checkpoint with the most steps in a run directory."""
-    found = [p for p in (Path(run_dir) / "checkpoints").glob("step_*") if NAME.fullmatch(p.name) and (p / STATE).is_file()]
-    return max(found, default=None)
+    """The checkpoint that a run would go on from, unverified."""
+    return next(iter(candidates(run_dir)), None)
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """`path` itself if it is a checkpoint, the newest one if it is a run directory.  CheckpointError otherwise."""
+    """`path` itself if it is a checkpoint, the newest one if it is a run directory; unverified.  CheckpointError otherwise."""
     path = Path(path)
-    if (path / STATE).is_file():
+    if _is_checkpoint(path):
         return path
     found = newest(path)
     if found is None:
@@ -51,43 +78,61 @@ def find_checkpoint(path: str | Path) -> Path:
     return found
 
 
+def _is_checkpoint(path: Path) -> bool:
+    return path.is_dir() and (NAME.fullmatch(path.name) is not None or (path / STATE).is_file())
+
+
+def usable(path: str | Path) -> Path:
+    """The checkpoint `path`, or the newest of that run directory whose every byte is as it was written; collective.
+
+    Those that are passed over are named in the log.  CheckpointError when none is left."""
+    first = find_checkpoint(path)
+    offered = exchange([first] if first == Path(path) else candidates(path))[0]
+    problems = []
+    for checkpoint in offered:
+        problem = damage(checkpoint)
+        if problem is None:
+            return checkpoint
+        problems.append(problem)
+        if checkpoint != offered[-1] and dist.get_rank() == 0:
+            log.warning("checkpoint %s cannot be used, the one before it is tried: %s", checkpoint.name, problem)
+    raise CheckpointError(f"none of {len(offered)} checkpoints can be used: {'; '.join(problems)}; restore that file from a copy, or start from another "
+                          "checkpoint (checkpoint.resume=PATH or checkpoint.init=PATH) or anew in another run_dir")  # fmt: skip
+
+
+def set_aside(run_dir: str | Path, used: Path) -> None:
+    """Rename what was passed over before `used` was found to step_*.damaged, so that it is neither tried nor counted again; collective."""
+    if dist.get_rank() == 0:
+        offered = candidates(run_dir)
+        for checkpoint in offered[: offered.index(used)] if used in offered else []:
+            aside, n = checkpoint.with_suffix(".damaged"), 1
+            while aside.exists():
+                aside, n = checkpoint.with_suffix(f".damaged-{n}"), n + 1
+            try:
+                checkpoint.rename(aside)
+                log.warning("%s is now %s; remove it when nobody needs it", checkpoint, aside.name)
+            except OSError as error:  # it is in nobody's way: the next resume looks at it again
+                log.warning("%s could not be renamed: %s", checkpoint, error)
+    dist.barrier()
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The JSON part: step, data position, true vocabulary."""
+    """The JSON part: step, data position, true vocabulary, model."""
     try:
         return json.loads((checkpoint / STATE).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{checkpoint / STATE}: cannot be read ({error}); use another checkpoint of the run") from error
 
 
-def save_checkpoint(run_dir: str | Path, chunks: list, optimizer, state: dict[str, Any], *, keep: int) -> Path:
-    """Write the checkpoint of step state["step"]; every rank calls it.  Older ones beyond the `keep` newest are removed (0: none)."""
-    final = Path(run_dir) / "checkpoints" / f"step_{state['step']:08d}"
-    writing = final.with_suffix(".writing")
-    leader = dist.get_rank() == 0
-    if leader:
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir(parents=True)
-    dist.barrier()
-    dist_checkpoint.save(writing, chunks, optimizer)
-    dist.barrier()
-    if leader:
-        with open(writing / STATE, "w") as file:
-            json.dump(state, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        shutil.rmtree(final, ignore_errors=True)
-        writing.rename(final)
-        old = sorted(p for p in final.parent.glob("step_*") if NAME.fullmatch(p.name))
-        for checkpoint in old[:-keep] if keep else []:
-            shutil.rmtree(checkpoint)
-    dist.barrier()
-    return final
+def load_checkpoint(checkpoint: Path, chunks: list, optimizer=None, *, verified: bool = False) -> dict[str, Any]:
+    """Load weights, and the optimizer's state if given, whatever layout wrote them.  Returns the JSON part.  Collective.
 
-
-def load_checkpoint(checkpoint: Path, chunks: list, optimizer=None) -> dict[str, Any]:
-    """Load weights, and the optimizer's state if given, whatever layout wrote them.  Returns the JSON part.
-
-    CheckpointError when the checkpoint is of another model, or has no state for such an optimizer."""
+    `verified`: it comes from `usable`.  CheckpointError when the checkpoint is damaged, could run code, is of another model, or has no state
+    for such an optimizer; before any weight is changed in the first two cases."""
+    if not verified and (problem := damage(checkpoint)):
+        others = [p.name for p in candidates(checkpoint.parent.parent) if p != checkpoint]
+        raise CheckpointError(f"{problem}: the checkpoint is damaged and nothing of it was loaded; {f'there is also {others[0]}' if others else 'use another'}")
+    _refuse_code(checkpoint)
     state = read_state(checkpoint)
     with _as_checkpoint_error(f"{checkpoint}: does not fit this model"):
         dist_checkpoint.load_weights(checkpoint, chunks)
@@ -95,6 +140,18 @@ def load_checkpoint(checkpoint: Path, chunks: list, optimizer=None) -> dict[str,
         with _as_checkpoint_error(f"{checkpoint}: its optimizer state does not fit this run"):
             dist_checkpoint.load_optimizer(checkpoint, chunks, optimizer)
     return state
+
+
+def _refuse_code(checkpoint: Path) -> None:
+    """Rank 0 looks, all ranks hear: the objects are small, but 512 ranks need not read them."""
+    problem = None
+    if dist.get_rank() == 0:
+        try:
+            check_pickles(checkpoint)
+        except ValueError as error:
+            problem = str(error)
+    if problem := exchange(problem)[0]:
+        raise CheckpointError(problem)
 
 
 @contextlib.contextmanager

@@ -21,9 +21,11 @@ from megatron_plugin.data import load_tokenizer, true_vocab_size
 from megatron_plugin.hooks.mcore import check_megatron_core
 from megatron_plugin.hooks.weights import ModelFields, WeightsError, export_hf, import_hf, read_hf_config, transformer_fields
 from megatron_plugin.hooks.weights.files import TOKENIZER_FILES, copy_files
-from megatron_plugin.trainer.checkpoint import find_checkpoint, load_checkpoint, read_state, save_checkpoint
+from megatron_plugin.trainer.changes import model_record
+from megatron_plugin.trainer.checkpoint import find_checkpoint, load_checkpoint, read_state
 from megatron_plugin.trainer.hf_model import hf_config_for, run_values
 from megatron_plugin.trainer.model import DTYPES, build_model, transformer_config
+from megatron_plugin.trainer.saving import save_checkpoint
 from megatron_plugin.trainer.world import world
 
 __all__ = ["empty_model", "export_model", "import_model", "layout_config"]
@@ -52,7 +54,8 @@ def import_model(hf_dir: str | Path, run_dir: str | Path, overrides: Sequence[st
     with world(config):
         chunks = empty_model(config, vocab_size)
         import_hf(chunks, source)
-        save_checkpoint(target, chunks, None, {"step": 0, "vocab_size": vocab_size}, keep=0)
+        state = {"step": 0, "vocab_size": vocab_size, "model": model_record(config, chunks[0].config)}
+        save_checkpoint(target, chunks, None, state, keep=0)
         if dist.get_rank() == 0:
             copy_files(source, target / "tokenizer", TOKENIZER_FILES + HF_FILES)
             (target / "config.yaml").write_text(_yaml(values, target, source), "utf-8")

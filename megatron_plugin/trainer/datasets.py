@@ -46,6 +46,15 @@ class Datasets:
     prompts: PromptSet | None = None
     """On-policy: what completions are sampled of."""
 
+    def counts(self) -> dict[str, float]:
+        """Metrics: everything that was cut or left out on the way from the files to the rows and prompts."""
+        found = {"bad_lines": len(self.bad_lines), "truncated": len(self.train.report.truncated), "dropped": len(self.train.report.dropped)}
+        found["heldout_truncated"] = sum(len(held_out.rows.report.truncated) for held_out in self.evals)
+        found["heldout_dropped"] = sum(len(held_out.rows.report.dropped) for held_out in self.evals)
+        if self.prompts is not None:
+            found["prompts_left_out"] = len(self.prompts.too_long) + len(self.prompts.unasked)
+        return {f"data/{name}": float(count) for name, count in found.items()}
+
 
 def prepare_datasets(config: Config, run_dir: Path, weights_from: Path | None) -> Datasets:
     """Read, tokenise and pack everything.  Rank 0 alone writes (embedded problems, a tokenizer trained on the spot); the others wait.
@@ -62,10 +71,10 @@ def prepare_datasets(config: Config, run_dir: Path, weights_from: Path | None) -
         bad_lines=bad_lines,
     )  # fmt: skip
     evals = [_eval_set(config, name, path, tokenizer) for name, path in eval_files.items()]
-    if config.loss_name == "srft":  # a prompt whose demonstration was left out has none to join its group
+    if config.role.demonstrations:  # a prompt whose demonstration was left out has none to join its group
         shown = {sample.source for sample in rows.samples}
         train = [conversation for conversation in train if conversation.source in shown]
-    prompts = _prompts(config, run_dir, train, tokenizer) if config.rollout else None
+    prompts = _prompts(config, run_dir, train, tokenizer, bad_lines) if config.rollout else None
     return Datasets(tokenizer, true_vocab_size(tokenizer), rows, evals, bad_lines, prompts)
 
 
@@ -87,16 +96,16 @@ def _read(config: Config, files: Sequence[Path], bad_lines: BadLines) -> list[Co
     return [c for path in files for c in read_conversations(path, train_on=config.data.train_on, bad_lines=bad_lines)]
 
 
-def _prompts(config: Config, run_dir: Path, train: Sequence[Conversation], tokenizer) -> PromptSet:
+def _prompts(config: Config, run_dir: Path, train: Sequence[Conversation], tokenizer, bad_lines: BadLines) -> PromptSet:
     """Those of data.prompts; else embedded ones beside embedded training data, and the training data's own beside a person's.
 
     srft always takes the latter: its demonstrations answer the prompts that are sampled."""
     files = [Path(path) for path in config.data.prompts]
     if not files and not config.data.train:
         files = [run_dir / "data" / "prompts.jsonl"]
-    if files and config.loss_name != "srft":
-        train = [c for path in files for c in read_conversations(path)]
-    return encode_prompts(train, tokenizer, longest=config.data.seq_length - config.rollout.max_tokens)
+    if files and not config.role.demonstrations:
+        train = [c for path in files for c in read_conversations(path, bad_lines=bad_lines)]
+    return encode_prompts(train, tokenizer, longest=config.data.seq_length - config.rollout.max_tokens, bad_lines=bad_lines)
 
 
 def _tokenizer(config: Config, run_dir: Path, weights_from: Path | None, train: Sequence[Conversation]):

@@ -14,13 +14,14 @@ import torch.distributed as dist
 
 from megatron_plugin.config import ConfigError, as_config_error
 from megatron_plugin.hooks.weights.files import TOKENIZER_FILES, copy_files
-from megatron_plugin.rollout.engine import RolloutEngine
+from megatron_plugin.rollout.engine import Health, RolloutEngine
 from megatron_plugin.rollout.fleet import Fleet
 from megatron_plugin.rollout.serve import ENGINE_DTYPES, engine_options
 from megatron_plugin.rollout.transfer import TRANSPORTS, Transport
 from megatron_plugin.rollout.vllm_http import connect_engine, start_engine
 from megatron_plugin.rollout.vllm_model import describe_model
 from megatron_plugin.rollout.vllm_process import EngineOptions
+from megatron_plugin.trainer import signals
 from megatron_plugin.trainer.hf_model import hf_config_for
 from megatron_plugin.trainer.leaders import Leaders
 from megatron_plugin.trainer.model import DTYPES
@@ -79,14 +80,14 @@ class Engines:
         self.leaders.on_leaders(self._wake)  # also where nothing is sent: after an evaluation they sleep with the newest weights
         if not any(self.leaders.everyone(self._behind())):
             return
-        self.leaders.on_leaders(self._restart)
+        self.leaders.on_leaders(signals.breakable(self._restart))
         self.sync.send(self.fleet, self.transport, self.version)
 
     def recover(self) -> None:
         """After engines were lost: restart them, and send all of them the weights again.  EngineLostError when none comes back.
 
         As a new version: a server that only seemed lost has the old one already, and versions only go up."""
-        self.leaders.on_leaders(self._restart)
+        self.leaders.on_leaders(signals.breakable(self._restart))
         self.first_version += 1
         self.sync.send(self.fleet, self.transport, self.version)
 
@@ -94,6 +95,10 @@ class Engines:
         """The engines give their GPU memory to the trainer until the next `refresh`, where the configuration says so."""
         if self.sleeps:
             self.leaders.on_leaders(self._sleep)
+
+    def healthy(self) -> int:
+        """HEALTHY engines of this leader, as far as is known."""
+        return sum(state is Health.HEALTHY for state in self.fleet.states().values()) if self.fleet is not None else 0
 
     def close(self) -> None:
         """End child processes; servers are left running."""
@@ -139,6 +144,7 @@ class Engines:
     def _child(self) -> RolloutEngine:
         with as_config_error("model.kv_channels", self.run.config.sources.get("model")):  # heads that vLLM's attention on a CPU has not
             options = self._options()
+        print(f"starting vLLM on {self.folder} (log: {options.log})", flush=True)
         return start_engine(options)
 
     def _connect(self, url: str) -> RolloutEngine:
@@ -148,11 +154,15 @@ class Engines:
             raise ConfigError(f"got shm, expected gloo or nccl for {url}: it is on another machine, which shares no memory with this one",
                               "rollout.transfer", where)  # fmt: skip
         expected = describe_model(str(self.folder), dtype=ENGINE_DTYPES[self.dtype], max_model_len=self.run.config.data.seq_length)
-        engine = connect_engine(url, expected, start_timeout_s=self.config.start_timeout_s)
+        engine = connect_engine(url, expected, start_timeout_s=self.config.start_timeout_s, owner=self._owner())
         if engine.backend != self.transport.backend:
             raise ConfigError(f"got {self.transfer}, expected that of the server {url}, {engine.backend}: start it with "
                               f"--transfer {self.transfer}", "rollout.transfer", where)  # fmt: skip
         return engine
+
+    def _owner(self) -> str:
+        """This run, for servers: the same when it is resumed on this machine."""
+        return f"{socket.gethostname()}:{Path(self.run.config.run_dir).resolve()}"
 
     def _options(self) -> EngineOptions:
         config = self.config

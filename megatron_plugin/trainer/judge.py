@@ -31,13 +31,13 @@ class Judge:
 
     def __init__(self, run: Run, leaders: Leaders):
         self.config, self.leaders, self.tokenizer = run.config.rollout, leaders, run.data.tokenizer
-        self.joins_demonstrations = run.config.loss_name == "srft"
+        self.joins_demonstrations = run.config.role.demonstrations
         self.over_answers = run.loss.params.get("preset") == "code"  # SRFT's released code: mean and deviation of the answers alone
         self.seconds = 0.0
         """Spent in `judge` since whoever reports it set this to 0."""
         self.wanted = self.config.prompts // leaders.replicas
         with as_config_error("rollout.reward", run.config.sources.get("rollout.reward")):
-            self.reward = leaders.on_leaders(lambda: make_reward(self.config.reward, timeout_s=self.config.reward_timeout_s))
+            self.reward = leaders.on_leaders(lambda: make_reward(self.config.reward, timeout_s=self.config.reward_timeout_s, network=self.config.reward_network))
 
     def judge(self, found: Sequence[tuple[Prompt, Sequence[Completion]]]) -> list[Judged]:
         """Leaders only: every completion of these prompts."""

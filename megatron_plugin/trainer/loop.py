@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron_plugin.config import Config, ConfigError
 from megatron_plugin.hooks.accelerators import start_up_line
 from megatron_plugin.hooks.mcore import check_megatron_core
-from megatron_plugin.trainer.metrics import RunLog, read_metrics, step_metrics
-from megatron_plugin.trainer.plots import plot_curves
-from megatron_plugin.trainer.run import Run, record, save, start
+from megatron_plugin.report.lines import read_metrics
+from megatron_plugin.report.run_page import write_run_page
+from megatron_plugin.trainer import signals
+from megatron_plugin.trainer.deterministic import make_deterministic
+from megatron_plugin.trainer.leaders import RemoteError
+from megatron_plugin.trainer.metrics import RunLog, step_metrics
+from megatron_plugin.trainer.run import Run, keep_best, record, save, start
 from megatron_plugin.trainer.supervised import Supervised
 from megatron_plugin.trainer.update import NonFiniteError
 from megatron_plugin.trainer.world import seed_everything, world
@@ -23,21 +29,28 @@ __all__ = ["NonFiniteError", "train"]
 
 
 def train(config: Config) -> None:
-    """Train as configured, under torchrun or alone; everything the run writes is in config.run_dir."""
+    """Train as configured, under torchrun or alone; everything the run writes is in config.run_dir.
+
+    StoppedError (exit code 143 or 130), with everything saved, after SIGTERM or Ctrl-C."""
     check_megatron_core()
     if config.data.packing and config.transformer.get("window_size") is not None:
         raise ConfigError("a sliding window replaces the mask that keeps packed samples apart; set data.packing=false", "model.window_size")
+    make_deterministic(config)
     with world(config):
-        torch.use_deterministic_algorithms(config.deterministic and torch.cuda.is_available())
         run = start(config)
-        with contextlib.closing(_source(run)) as source:
+        with contextlib.closing(_source(run)) as source, signals.caught():
             record(run)
             log = RunLog(config.run_dir, steps=config.train.steps, resumed_at=run.step, leader=dist.get_rank() == 0)
             _say_what_is_trained(run, source, log)
-            if run.step == 0 and config.rollout is not None and config.train.eval_interval:
-                log.step(0, _evaluate(run, source, last=False), show=True)  # what reinforcement begins from; the engine answers in seconds
-            while run.step < config.train.steps:
-                _step(run, source, log)
+            loop = _Loop(run, source, log, saved=run.step)
+            try:
+                if run.step == 0 and config.rollout is not None and config.train.eval_interval:
+                    log.step(0, loop.evaluate(last=False), show=True)  # what reinforcement begins from; the engine answers in seconds
+                while run.step < config.train.steps:
+                    loop.step()
+            except Exception as error:
+                loop.leave_if_stopped(error)
+                raise
             log.close()
         _sum_up(run, log)
 
@@ -51,42 +64,83 @@ def _source(run: Run):
     return OnPolicy(run)
 
 
-def _step(run: Run, source, log: RunLog) -> None:
-    """One optimizer step and what is due after it."""
-    config, start = run.config, time.perf_counter()
-    seed_everything(config, run.step + 1)
-    means = source.step()
-    metrics = step_metrics(means, seconds=time.perf_counter() - start, bad_lines=len(run.data.bad_lines))
-    last = run.step == config.train.steps
-    if last or (config.checkpoint.interval and run.step % config.checkpoint.interval == 0):
-        save(run, source.position())  # before the evaluation: what fails there costs no work
-    if last or (config.train.eval_interval and run.step % config.train.eval_interval == 0):
-        metrics |= _evaluate(run, source, last=last)
-    log.step(run.step, metrics, show=last or run.step % config.train.log_interval == 0)
+@dataclass
+class _Loop:
+    """What is done with a run step by step, and how it is left early."""
 
+    run: Run
+    source: Any
+    log: RunLog
+    saved: int
+    """The step whose state is on disk."""
 
-def _evaluate(run: Run, source, *, last: bool) -> dict[str, float]:
-    for chunk in run.chunks:
-        chunk.eval()  # no dropout
-    metrics = source.evaluate(last=last)
-    for chunk in run.chunks:
-        chunk.train()
-    return metrics
+    def step(self) -> None:
+        """One optimizer step and what is due after it.  LeaveError on every rank when a signal asked for the end."""
+        run, config, start = self.run, self.run.config, time.perf_counter()
+        seed_everything(config, run.step + 1)
+        means = self.source.step()
+        metrics = step_metrics(means, seconds=time.perf_counter() - start, counts=run.data.counts())
+        last, stop = run.step == config.train.steps, self.source.guard.signal
+        try:
+            run.saver.poll()
+            if last or stop or (config.checkpoint.interval and run.step % config.checkpoint.interval == 0):
+                self.save(wait=last or stop)  # before the evaluation: what fails there costs no work
+                stop = stop or signals.agreed()  # saving takes longer than a step
+            if not stop and (last or (config.train.eval_interval and run.step % config.train.eval_interval == 0)):
+                metrics |= self.evaluate(last=last)
+                keep_best(run, self.source.position(), metrics)
+        finally:
+            metrics |= run.saver.metrics()
+            self.log.step(run.step, metrics, show=last or run.step % config.train.log_interval == 0)
+        if stop:
+            raise signals.LeaveError("a signal came")
+
+    def save(self, *, wait: bool) -> None:
+        save(self.run, self.source.position(), wait=wait)
+        self.saved = self.run.step
+
+    def evaluate(self, *, last: bool) -> dict[str, float]:
+        for chunk in self.run.chunks:
+            chunk.eval()  # no dropout
+        metrics = self.source.evaluate(last=last)
+        for chunk in self.run.chunks:
+            chunk.train()
+        return metrics
+
+    def leave_if_stopped(self, error: Exception) -> None:
+        """StoppedError, with the last completed step saved, where `error` is a signal's doing.  All ranks come here together then."""
+        asked = isinstance(error, signals.LeaveError) or (isinstance(error, RemoteError) and error.exit_code == signals.LeaveError.exit_code)
+        done = self.saved == self.run.step
+        if not asked and not (signals.asked() and done):  # with nothing left to save, that another rank has gone already is no failure
+            return
+        number = signals.asked() if done else signals.agreed()
+        if not done:
+            self.save(wait=True)
+        self.run.saver.finish()
+        self.log.close()
+        raise signals.stopped(number or signal.SIGTERM, self._what_is_saved()) from None
+
+    def _what_is_saved(self) -> str:
+        if self.run.step == 0:
+            return "no step was done, nothing is saved"
+        return f"step {self.run.step} of {self.run.config.train.steps} is saved in {self.run.config.run_dir}; the same command goes on from there"
 
 
 def _say_what_is_trained(run: Run, source, log: RunLog) -> None:
-    for line in (start_up_line(packed=run.config.data.packing), *source.report()):
+    for line in (*run.resumed, start_up_line(packed=run.config.data.packing), *source.report()):
         log.say(line)
     for held_out in run.data.evals:
         log.say(f"held out, {held_out.name}: {held_out.rows.report}")
+    for kind, count in run.data.bad_lines.by_kind().most_common():
+        log.say(f"left out, {count} bad lines: {kind}")
 
 
 def _sum_up(run: Run, log: RunLog) -> None:
-    """The curves, the last evaluation, and where everything is."""
+    """The page, the last evaluation, and where everything is."""
     if log.leader:
         run_dir = Path(run.config.run_dir)
-        plot_curves({run.config.loss_name: run_dir}, run_dir / "curves.png", title=str(run_dir))
+        write_run_page(run_dir)
         last = (read_metrics(run_dir) or [{}])[-1]
         log.say("\n".join(f"{name:<28} {value:.4f}" for name, value in last.items() if name.startswith("eval/") and value is not None))
-        log.say(f"{run_dir}: config.yaml metrics.jsonl curves.png tensorboard/ tokenizer/ checkpoints/step_{run.step:08d}")
+        log.say(f"{run_dir}: report.html config.yaml metrics.jsonl curves.png tensorboard/ tokenizer/ checkpoints/step_{run.step:08d}")
     dist.barrier()

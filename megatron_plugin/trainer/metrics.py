@@ -7,7 +7,9 @@ import math
 import sys
 from pathlib import Path
 
-__all__ = ["RunLog", "read_metrics", "step_metrics"]
+from megatron_plugin.report.lines import read_metrics
+
+__all__ = ["RunLog", "step_metrics"]
 
 SHOWN = {  # metric -> (heading, format): the line on the terminal
     "train/loss": ("loss", ".4f"), "train/nll": ("nll", ".4f"), "train/token_prob": ("p", ".3f"), "train/entropy": ("H", ".3f"),
@@ -15,35 +17,24 @@ SHOWN = {  # metric -> (heading, format): the line on the terminal
     "perf/generate_s": ("gen_s", ".1f"), "perf/train_s": ("train_s", ".1f"), "perf/sync_s": ("sync_s", ".2f"), "train/grad_norm": ("gnorm", ".3f"), "train/lr": ("lr", ".1e"), "perf/tokens_per_s": ("tok/s", ",.0f"),
 }  # fmt: skip
 WHEN_NOT_ZERO = {  # the same, where there are any
+    "train/spike": ("SPIKE", ".0f"), "guard/skipped_steps": ("skipped", ".0f"), "guard/stray_labels": ("strays", ".0f"),
     "rollout/zero_groups": ("equal", ".2f"), "rollout/truncated_frac": ("cut", ".2f"), "rollout/empty": ("empty", ".0f"), "rollout/refused": ("refused", ".0f"),
-    "rollout/reward_failures": ("unjudged", ".0f"), "rollout/lost_engines": ("lost", ".0f"),
+    "rollout/reward_failures": ("unjudged", ".0f"), "rollout/lost_engines": ("lost", ".0f"), "rollout/suspected": ("suspect", ".0f"),
 }  # fmt: skip
 RENAMED = {"lm loss": "loss", "weight": "weight_mean", "cll": "cll_mean", "phi": "phi_mean", "expert/phi": "phi_mean"}
 TWICE = ("rollout/ratio", "rollout/clip_frac")  # chord's names of ratio_mean and clip_frac
 OF_ROLLOUTS = ("ratio_mean", "logp_diff_max", "k3")  # measured by the trainer, about the rollouts
 
 
-def step_metrics(means: dict[str, float], *, seconds: float, bad_lines: int) -> dict[str, float]:
+def step_metrics(means: dict[str, float], *, seconds: float, counts: dict[str, float]) -> dict[str, float]:
     """The house's metric names from the means of a step; those that have a slash in their name keep it.
 
-    means["tokens"]: all tokens of the step, with and without a loss."""
+    means["tokens"]: all tokens of the step, with and without a loss.  counts: data/..., what the data lost on the way."""
     named = {RENAMED.get(name, name): value for name, value in means.items() if name not in TWICE}
     weight_sq, tokens = named.pop("weight_sq"), named.pop("tokens")
     metrics = {name if "/" in name else f"rollout/{name}" if name in OF_ROLLOUTS else f"train/{name}": value for name, value in named.items()}
     metrics["train/weight_ess"] = named["weight_mean"] ** 2 / weight_sq if weight_sq else 0.0  # share of tokens that carry the weight
-    return metrics | {"perf/step_s": seconds, "perf/tokens_per_s": tokens / seconds, "data/bad_lines": float(bad_lines)}
-
-
-def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl; a last line cut off by a kill is left out."""
-    lines = []
-    path = Path(run_dir) / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+    return metrics | {"perf/step_s": seconds, "perf/tokens_per_s": tokens / seconds} | counts
 
 
 class RunLog:

@@ -28,7 +28,7 @@ from megatron_plugin.losses.reduction import LossOutput
 from megatron_plugin.parallel.context import context_gather
 from megatron_plugin.parallel.normaliser import Source
 from megatron_plugin.trainer.sources import is_expert, source_metrics, source_names
-from megatron_plugin.trainer.step import on_every_rank, prepare_step, run_step
+from megatron_plugin.trainer.step import Measure, on_every_rank, prepare_step, run_step
 
 __all__ = ["MixedRows", "Scored", "mix", "score", "train_mixed"]
 
@@ -112,7 +112,7 @@ def _agreed(needed: int, columns: tuple[str, ...], problem: str | None, group: d
 
 
 def train_mixed(
-    config: Config, chunks: list, handle: Handle, mixed: MixedRows, *, expert: Source, rollout: Source, names: Sequence[str]
+    config: Config, chunks: list, handle: Handle, mixed: MixedRows, *, expert: Source, rollout: Source, names: Sequence[str], watch: Measure | None = None
 ) -> dict[str, float]:
     """Accumulate and finalise the gradient of one step: each source by its own share and denominator over the whole step.
 
@@ -127,7 +127,7 @@ def train_mixed(
       clip_frac         share of rollout tokens that the loss clips; where `names` has it, or rollout/clip_frac
       k3                mean of r - 1 - log r over rollout tokens, r = p / p of the rollout engine: how far the two are apart (nats, >= 0)
       logp_diff_max     largest |log p - log p of the rollout engine| of a rollout token (nats); these two with the column rollout_logp
-    A mean over no token is nan.  ValueError when neither source has a share."""
+    and token means of what `watch` (run_step's `measure`) adds, where `names` has it.  A mean over no token is nan.  ValueError when neither source has a share."""
     if not (expert.share or rollout.share):
         raise ValueError("got share 0 for expert and rollout tokens, expected at least one of them above 0: the step would train nothing")
     mixed = _of_sources(config, mixed, expert=expert, rollout=rollout)
@@ -137,7 +137,7 @@ def train_mixed(
     def measure(output: LossOutput, batch: PackedBatch, live: Tensor) -> dict[str, Tensor]:
         pairs, peak = source_metrics(output, batch.columns, live)
         peaks.extend([] if peak is None else [peak])
-        return pairs
+        return pairs | watch(output, batch, live) if watch else pairs
 
     reports = run_step(config, chunks, handle, step, train=True, measure=measure)
     means = token_means(reports, group=groups().dp_cp)

@@ -12,13 +12,14 @@ from typing import Any
 
 from megatron_plugin.config import as_config_error
 from megatron_plugin.config.rollout import RolloutConfig
-from megatron_plugin.config.rollout_checks import MIXED_LOSSES
 from megatron_plugin.data import IGNORE_INDEX, RowOrder, Sample
 from megatron_plugin.losses.probe import metric_names
 from megatron_plugin.parallel.normaliser import Source
 from megatron_plugin.rollout.fleet import CONCURRENCY
 from megatron_plugin.schedules.mu import MU_PRESETS, mu_schedule
 from megatron_plugin.trainer.batch import Group, expert_sample, rollout_samples
+from megatron_plugin.trainer.guard import STRAYS, Guard
+from megatron_plugin.trainer.labels import check_labels
 from megatron_plugin.trainer.leaders import Leaders
 from megatron_plugin.trainer.mixed import MixedRows, mix, train_mixed
 from megatron_plugin.trainer.rollouts import Rollouts
@@ -31,6 +32,7 @@ from megatron_plugin.trainer.update import optimizer_step
 __all__ = ["EmptyStepError", "OnPolicy"]
 
 log = logging.getLogger("megatron_plugin")
+WAITS_S = 120.0  # between the tries of a request and the probes of an engine, at most (rollout/slots.py): 47 s and 33 s
 MISMATCH = 0.1
 """k3, nats.  Measured: 1e-5 for bf16, 1e-3 one batch ahead, 0.7 for a server with another rotary base."""
 
@@ -46,12 +48,13 @@ class OnPolicy:
 
     def __init__(self, run: Run):
         config = run.config
-        self.run, self.rollout = run, config.rollout
+        self.run, self.rollout, self.guard = run, config.rollout, Guard(run)
         with as_config_error("loss", config.sources.get("loss.name")):
             self.names = metric_names(run.loss, _given(run))
-        self.mixes = config.loss_name in MIXED_LOSSES or ("." in config.loss_name and config.data.expert_samples > 0)
+        self.role = config.role
         self.extra = run.loss.twin is None  # a twin reads no extra inputs, and beside any its loss would be formed in PyTorch (losses/objective.py)
         self.experts = run.data.train.samples
+        check_labels(self.experts, run.data.vocab_size)
         self.by_source = {sample.source: sample for sample in self.experts}
         self.expert_order = RowOrder(len(self.experts), max(config.data.expert_samples, 1), config.seed, fingerprint=run.data.train.fingerprint())
         self.leaders = Leaders(len(self.rollout.url) or self.rollout.engines, timeout_s=_patience(self.rollout))
@@ -66,7 +69,7 @@ class OnPolicy:
     def report(self) -> list[str]:
         """What is trained on, for the terminal."""
         lines = self.rollouts.report()
-        if self.mixes:
+        if self.role.mixes:
             lines.append(f"{self.run.config.data.expert_samples} expert samples a step of {len(self.experts)}: {self.run.data.train.report}")
         return [*lines, *self.scorer.report()]
 
@@ -75,7 +78,7 @@ class OnPolicy:
         config = self.run.config
         if config.mu is not None:
             schedule = {name: getattr(config.mu, name) for name in ("warmup_steps", "decay_steps", "peak", "valley")}
-        elif config.loss_name == "chord":
+        elif self.role.mu:
             schedule = MU_PRESETS[self.run.loss.params.get("preset", "phi")]
         else:
             return 0.0
@@ -86,14 +89,14 @@ class OnPolicy:
         mu = self.mu(step)
         kind = self.rollout.aggregation
         constant = float(self.rollout.max_tokens) if kind == "constant" else None
-        both = self.run.config.loss_name != "chord" and self.mixes and self.run.config.mu is None  # srft: unit coefficients
+        both = self.role.mixes and not self.role.mu  # unit coefficients
         expert = Source(share=1.0 if both else mu)
         return expert, Source(share=1.0 if both else 1 - mu, denominator=kind, constant=constant)
 
     def step(self) -> dict[str, float]:
         """One optimizer step: its means, grad_norm, lr, tokens, and what was measured about the rollouts."""
         run, (expert, rollout) = self.run, self.sources(self.run.step)
-        self.metrics = {"mu": expert.share} if run.config.loss_name == "chord" else {}
+        self.metrics = {"mu": expert.share} if self.role.mu else {}
         if not self.pending:
             self.pending = self._batch(with_rollouts=bool(rollout.share))
         begin, mixed = time.perf_counter(), self.pending.pop(0)
@@ -102,9 +105,10 @@ class OnPolicy:
                                  "taken out by rollout.correction; rollouts.jsonl has those that came, and the log says why engines refused")  # fmt: skip
 
         def gradients() -> dict[str, float]:
-            return train_mixed(run.config, run.chunks, run.handle, mixed, expert=expert, rollout=rollout, names=self.names)
+            return train_mixed(run.config, run.chunks, run.handle, mixed, expert=expert, rollout=rollout, names=[*self.names, STRAYS],
+                               watch=self.guard.look)  # fmt: skip
 
-        means = optimizer_step(run, gradients, lambda: ", ".join(sample.source for sample in mixed.samples[:8]))
+        means = optimizer_step(self.guard, gradients, lambda: _named(mixed, both=bool(expert.share and rollout.share)))
         if self.leaders.leads and means.get("k3", 0.0) > MISMATCH:
             log.warning("step %d: the engine's log-probabilities are k3 = %.2f nats from the trainer's, far beyond rounding and a stale batch: do both "
                         "compute the same model?", run.step, means["k3"])  # fmt: skip
@@ -123,6 +127,7 @@ class OnPolicy:
         for part in range(updates):
             own = groups[part * len(groups) // updates : (part + 1) * len(groups) // updates]
             samples = [sample for i, group in enumerate(own) for sample in rollout_samples(group, first=i * self.rollout.n, extra=self.extra)]
+            check_labels(samples, self.run.data.vocab_size)
             with_experts = self.sources(self.run.step + part)[0].share > 0
             parts.append(mix(self.run.config, samples + (self._experts(own) if with_experts else [])))
         if with_rollouts:
@@ -131,8 +136,8 @@ class OnPolicy:
         return [self.scorer.filled(part) for part in parts]
 
     def _experts(self, groups: Sequence[Group]) -> list[Sample]:
-        """This replica's share of the step's expert samples: the next ones in order, or for srft the demonstrations of the groups' prompts."""
-        if self.run.config.loss_name == "srft":
+        """This replica's share of the step's expert samples: the next ones in order, or the demonstrations of the groups' prompts."""
+        if self.role.demonstrations:
             return [expert_sample(self.by_source[group.judged.prompt.source], group.demonstration, extra=self.extra) for group in groups]
         chosen, replicas = self.expert_order.next_step(), self.leaders.replicas
         mine = chosen[self.leaders.replica * len(chosen) // replicas : (self.leaders.replica + 1) * len(chosen) // replicas]
@@ -146,11 +151,20 @@ class OnPolicy:
         return metrics
 
     def position(self) -> dict[str, Any]:
-        """Of the data.  A checkpoint between the updates of one rollout batch (only that of the last step can be) points behind it."""
-        return {"prompts": self.rollouts.position(), "experts": self.expert_order.state_dict()}
+        """Of the data.  checkpoint.interval is a multiple of rollout.updates, so that a checkpoint lies between two rollout batches and a run that resumes
+        draws the samples of the undisturbed one (max_staleness=1 too: Rollouts._pauses).  Only that of the last step, or of a signal, can lie between
+        the updates of one batch: it points behind it, and what is left of the batch is not trained on."""
+        return {"prompts": self.rollouts.position(), "experts": self.expert_order.state_dict(), "guard": self.guard.state()}
 
     def close(self) -> None:
         self.rollouts.close()
+
+
+def _named(mixed: MixedRows, *, both: bool) -> list[list[str]]:
+    """file:line of the samples in each micro-batch; of all in one list where a source was taken out, and the rest packed anew."""
+    if not both:
+        return [[sample.source for sample in mixed.samples]]
+    return [[name for row in rows for name in mixed.rows.sources(row)] for rows in mixed.micro_batches]
 
 
 def _trains(mixed: MixedRows, expert: Source, rollout: Source) -> bool:
@@ -171,6 +185,6 @@ def _given(run: Run) -> frozenset[str]:
 
 def _patience(rollout: RolloutConfig) -> float:
     """Seconds that ranks wait for a leader: the longest that a round of restarts, generation and judging can take by the limits of each part."""
-    waves = 2 + rollout.prompts / CONCURRENCY
+    waves = 3 + rollout.prompts / CONCURRENCY  # a prompt may miss three deadlines
     judging = rollout.prompts * rollout.n * rollout.reward_timeout_s
-    return (1 + rollout.max_restarts) * (waves * rollout.timeout_s + rollout.start_timeout_s) + judging
+    return (1 + rollout.max_restarts) * (waves * rollout.timeout_s + rollout.start_timeout_s + WAITS_S) + judging

@@ -21,6 +21,7 @@ from megatron_plugin.data import DataError, Prompt, PromptSet, RowOrder, encode_
 from megatron_plugin.rollout.engine import Completion, SamplingParams
 from megatron_plugin.rollout.fleet import Fleet, Generated, Request
 from megatron_plugin.rollout.log import RolloutLog, cut_rollouts
+from megatron_plugin.trainer import signals
 from megatron_plugin.trainer.batch import Group, Judged
 from megatron_plugin.trainer.datasets import EvalSet
 from megatron_plugin.trainer.engines import Engines
@@ -31,7 +32,7 @@ from megatron_plugin.trainer.run import Run
 __all__ = ["Rollouts"]
 
 log = logging.getLogger("megatron_plugin")
-COUNTED = ("retried", "late", "lost_engines", "refused", "answered", "behind")
+COUNTED = ("retried", "late", "suspected", "lost_engines", "refused", "answered", "behind")
 
 Asked = dict[int, list[tuple[Prompt, Request]]]
 """By replica: what its samples come from, in order."""
@@ -88,6 +89,7 @@ class Rollouts:
         self._position = self._ahead.position if self._ahead else self.order.state_dict()
         metrics |= {"rollout/staleness": counted.pop("behind") / max(1, counted.pop("answered"))}
         metrics |= {f"rollout/{name}": float(count) for name, count in counted.items()}
+        metrics |= {"rollout/engines_healthy": float(self.leaders.added(Counter(healthy=self.engines.healthy()))["healthy"])}
         sync, judge = self.engines.sync.seconds, self.judge.seconds
         return mine, metrics | {"perf/sync_s": sync, "perf/judge_s": judge, "perf/generate_s": time.perf_counter() - begin - sync - judge}
 
@@ -96,7 +98,7 @@ class Rollouts:
 
         A prompt that is too long or that the engines refuse counts as answered for nothing."""
         if self._ahead is not None:
-            self._ahead.finished()
+            self.leaders.on_leaders(signals.breakable(self._ahead.finished))
         self.engines.refresh(self.run.step)
         metrics = {}
         for held_out in self.run.data.evals:
@@ -142,10 +144,19 @@ class Rollouts:
             self.engines.refresh(self.run.step)
             return self._complete(self._next_requests(), None)
         now = self._ahead or self._begin_ahead()
-        now.finished()  # nothing is in flight while weights change, also those that bring a lost engine back: no completion is of two versions
+        self.leaders.on_leaders(signals.breakable(now.finished))  # nothing is in flight while weights change, also those that bring a lost engine back: no completion is of two versions
         done = self._complete(now.asked, now.result, behind=self.run.step - now.step)
-        self._begin_ahead()
+        self._ahead = None
+        if not self._pauses():
+            self._begin_ahead()
         return done
+
+    def _pauses(self) -> bool:
+        """Whether a checkpoint or the end comes before the next batch; nothing is sampled ahead then.  What follows a checkpoint is drawn with its
+        weights, by the run that goes on as by the one that resumes, so that both train on the same samples; behind the end nobody would."""
+        config, step, after = self.run.config, self.run.step, self.run.step + self.config.updates
+        intervals = (config.checkpoint.interval, config.train.eval_interval if config.checkpoint.best else 0)
+        return after >= config.train.steps or any(n and after // n > step // n for n in intervals)
 
     def _begin_ahead(self) -> _Ahead:
         """Send the newest weights and let the next batch be sampled with them while the trainer goes on."""
@@ -182,11 +193,11 @@ class Rollouts:
         completions: dict[Any, list[Completion]] = {}
         counted: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
         while True:
-            generated = self.leaders.on_leaders(first or functools.partial(Fleet.generate, fleet, wanted)) or Generated()
+            generated = self.leaders.on_leaders(signals.breakable(first or functools.partial(Fleet.generate, fleet, wanted))) or Generated()
             first = None
             completions |= generated.completions
             counted.update(
-                retried=generated.retried, late=generated.late, lost_engines=len(generated.lost), refused=len(generated.refused),
+                retried=generated.retried, late=generated.late, suspected=generated.suspected, lost_engines=len(generated.lost), refused=len(generated.refused),
                 answered=len(generated.completions), behind=behind * len(generated.completions),
             )  # fmt: skip
             behind = 0
@@ -196,14 +207,12 @@ class Rollouts:
                 break
             self.engines.recover()
         found = {r: [(p, completions[q.key]) for p, q in part if q.key in completions] for r, part in asked.items()} if self.leads else {}
-        judged = self.leaders.on_leaders(lambda: {replica: self.judge.judge(part) for replica, part in found.items()}) or {}
+        judged = self.leaders.on_leaders(signals.breakable(lambda: {replica: self.judge.judge(part) for replica, part in found.items()})) or {}
         return judged, self.leaders.added(counted)
 
 
 def _say(generated: Generated) -> None:
-    """Why engines were lost and prompts refused: counts alone would help nobody."""
-    for name, cause in generated.lost.items():
-        log.warning("rollout engine %s was lost: %s", name, cause)
+    """Why prompts were refused: a count alone would help nobody.  Engines: rollout/slots.py says it when it happens."""
     if generated.refused:
         key, cause = next(iter(generated.refused.items()))
         log.warning("%d prompts refused, the first, (step, place) %s: %s", len(generated.refused), key, cause)

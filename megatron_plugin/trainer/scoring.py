@@ -107,6 +107,9 @@ def score_with_engine(task: Task, model: str | Path) -> None:
             return [(torch.tensor(logp), None) for logp in pool.map(lambda sample: engine.logp(sample.tokens_T.tolist()), samples)]
 
     identity = {"model": str(Path(model).resolve()), "dtype": "the server's", "train_on": "all"}
+    if engine.weights:
+        print(f"{task.url} has the weights that a trainer sent it, {engine.weights}, not those of {model}", flush=True)
+        identity["weights"] = engine.weights
     _Scoring(task, tokenizer, engine.longest, "all", scored, identity, _Alone()).run()
 
 

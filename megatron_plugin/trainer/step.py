@@ -27,7 +27,10 @@ from megatron_plugin.parallel.context import context_slice
 from megatron_plugin.parallel.normaliser import Source, StepCounts, coefficients, count_step, divisor, tokens_to_divide_by
 from megatron_plugin.trainer.sources import step_mask, token_inputs
 
-__all__ = ["MicroBatch", "Step", "on_every_rank", "prepare_step", "run_rows", "run_step"]
+__all__ = ["Measure", "MicroBatch", "Step", "on_every_rank", "prepare_step", "run_rows", "run_step"]
+
+
+Measure = Callable[[LossOutput, PackedBatch, Tensor], dict[str, Tensor]]
 
 
 class MicroBatch(NamedTuple):
@@ -54,17 +57,18 @@ class Step:
 
 
 def run_rows(
-    config: Config, chunks: list, handle: Handle, data: PackedRows, rows: Sequence[int], names: Sequence[str], *, train: bool
+    config: Config, chunks: list, handle: Handle, data: PackedRows, rows: Sequence[int], names: Sequence[str], *, train: bool, watch: Measure | None = None
 ) -> dict[str, float]:
     """Run `rows` (of all data-parallel ranks) through the model; with train=True the gradients are accumulated and finalised.
 
     Returns the token means of `names` and num_tokens, the same on every rank.  Without `train` the loss is plain cross-entropy at temperature 1,
-    whatever is attached: held-out data have a log-probability, but no advantage, old policy or reference; other names are 0 then."""
+    whatever is attached: held-out data have a log-probability, but no advantage, old policy or reference; other names are 0 then.
+    `watch`: run_step's `measure`; `names` may have what it adds."""
     ours = groups()
     mine = shard(list(rows), dp_rank=ours.dp.rank(), dp_size=ours.dp.size(), micro_batch=config.train.micro_batch)
     step = prepare_step(chunks, [data.batch(micro_batch) for micro_batch in mine])
     with contextlib.nullcontext() if train else handle.plain(temperature=1.0):
-        reports = run_step(config, chunks, handle, step, train=train)
+        reports = run_step(config, chunks, handle, step, train=train, measure=watch)
     return on_every_rank(token_means(reports, group=ours.dp_cp), [*names, "num_tokens"])
 
 
@@ -92,7 +96,7 @@ def run_step(
     step: Step,
     *,
     train: bool,
-    measure: Callable[[LossOutput, PackedBatch, Tensor], dict[str, Tensor]] | None = None,
+    measure: Measure | None = None,
     collect: Callable[[LossOutput], Tensor] | None = None,
 ) -> list:
     """The step's micro-batches through megatron-core's schedule: one report each on the last pipeline stage, [] on the others.

@@ -49,8 +49,21 @@ def process_group(config: Config) -> Iterator[None]:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    alone = {} if "RANK" in os.environ else dict(rank=0, world_size=1, store=dist.HashStore())
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=config.train.timeout_s), **alone)
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=config.train.timeout_s), **_store())
     yield
     parallel_state.destroy_model_parallel()  # not after an error: tearing down NCCL can wait for ranks that will never come
     dist.destroy_process_group()
+
+
+def _store() -> dict[str, object]:
+    """Where the ranks find each other: torchrun's store, or none for a run alone.
+
+    torchrun keeps one store over its restarts (--max-restarts), with the addresses of the dead ranks in it: gloo then tries those (measured: "connectFullMesh
+    failed, Connection refused"), so each restart gets names of its own."""
+    if "RANK" not in os.environ:
+        return dict(rank=0, world_size=1, store=dist.HashStore())
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts == "0":
+        return {}
+    store, rank, size = next(dist.rendezvous("env://"))
+    return dict(rank=rank, world_size=size, store=dist.PrefixStore(f"restart {restarts}", store))

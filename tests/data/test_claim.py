@@ -17,6 +17,8 @@ def test_the_same_may_go_on_and_nothing_else(tmp_path):
     with pytest.raises(DataError, match=r"out: holds answers of something else \(beta is 3, was 0.7; new is 1, was None\)") as error:
         claim(note, {"model": "é", "beta": 3, "ends": None, "new": 1}, kind="answers")
     assert error.value.exit_code == 4 and json.loads(note.read_text("utf-8")) == wanted, "the note is left as it was"
+    with pytest.raises(DataError, match=r"something else \(new is 1, was None\)"):
+        claim(note, wanted | {"new": 1}, kind="answers")
 
 
 def test_a_files_digest(tmp_path):

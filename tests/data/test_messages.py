@@ -62,6 +62,8 @@ DAMAGE = {
     "surrogate": (rb'{"prompt": "a", "response": "b\ud83d"}', "'response' has half a surrogate pair at character 2"),
     "deep": (b"[" * 100_000, "not usable JSON"),
     "huge number": (b'{"prompt": ' + b"1" * 5000 + b"}", "not usable JSON"),
+    "a key twice": (b'{"prompt": "a", "response": "b", "response": "c"}', r"an object has one key twice .got 'response', expected each key once"),
+    "a key twice inside": (b'{"prompt": "a", "response": "b", "meta": [{"id": 1, "id": 1}]}', "one key twice .got 'id'"),
     "array": (["a", "b"], r"got a JSON list, expected an object"),
     "null": (None, r"got a JSON null, expected an object"),
     "unknown form": ({"text": "a"}, r"unknown form \(got keys \['text'\]"),

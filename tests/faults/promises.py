@@ -16,7 +16,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-PROMISES: list[str] = []
+PROMISES: list[str] = [
+    "resume",
+    "saves",
+    "checkpoint_damage",
+    "disk",
+    "data_position",
+    "server",
+    "kills",
+    "buckets",
+    "lines",
+    "payloads",
+    "exposure",
+    "configs",
+    "nonfinite",
+    "spikes",
+    "labels",
+    "preemption",
+    "exceptions",
+    "determinism",
+    "long_run",
+]
 """Modules of this folder."""
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from megatron_plugin.trainer.metrics import read_metrics
+from megatron_plugin.report.lines import read_metrics
 from tests.multi_node.hosts import ROOT, two_hosts, why_not
 
 REASON = why_not()

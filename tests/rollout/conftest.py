@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_plugin.rollout import slots
 from megatron_plugin.rollout.fleet import Fleet
 from megatron_plugin.rollout.rewards import make_reward
 from megatron_plugin.rollout.vllm_versions import installed_vllm
@@ -27,8 +28,9 @@ def vllm():
 
 
 @pytest.fixture
-def fleet_of():
-    """A fleet of these fake engines; whatever hangs is let go at the end."""
+def fleet_of(monkeypatch):
+    """A fleet of these fake engines, which is asked again after a twentieth of the time; whatever hangs is let go at the end."""
+    monkeypatch.setattr(slots, "BACKOFF_S", 0.05)
     made = []
 
     def make(*engines, timeout_s=TIMEOUT_S, **options):

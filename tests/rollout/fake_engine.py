@@ -2,7 +2,15 @@
 
 import threading
 
-from megatron_plugin.rollout.engine import Completion, EngineError, EngineLostError, Health, SamplingParams, WrongModelError
+from megatron_plugin.rollout.engine import (
+    Completion,
+    EngineBusyError,
+    EngineError,
+    EngineLostError,
+    Health,
+    SamplingParams,
+    WrongModelError,
+)
 from megatron_plugin.rollout.fleet import Request
 
 TIMEOUT_S = 0.5  # of a request, where a test waits for it to pass
@@ -23,6 +31,9 @@ class FakeEngine:
         nothing   returns None
         bug       KeyError
         other     WrongModelError
+        busy      EngineBusyError: HTTP 503 of an engine that is well
+        cut       EngineLostError, and the engine is well
+        silent    EngineLostError, and no probe is answered until a restart
         empty     completions without tokens
     """
 
@@ -49,7 +60,7 @@ class FakeEngine:
                 self.in_flight -= 1
 
     def _answer(self, fault, prompt_ids, params):
-        if self.state is Health.DEAD:
+        if self.state in (Health.DEAD, Health.SUSPECT):
             raise EngineLostError(f"{self.name}: connection refused")
         if self.state is Health.STALE:
             raise EngineError(f"{self.name} is stale")
@@ -67,6 +78,11 @@ class FakeEngine:
             raise EngineError(f"the prompt has {len(prompt_ids)} tokens, which leaves no room")
         if fault == "other":
             raise WrongModelError(f"{self.name} serves another model")
+        if fault == "busy":
+            raise EngineBusyError(f"{self.name}: HTTP 503: too many requests")
+        if fault in ("cut", "silent"):
+            self.state = Health.SUSPECT if fault == "silent" else self.state
+            raise EngineLostError(f"{self.name}: the connection broke")
         if fault == "bug":
             raise KeyError("choices")
         if fault == "nothing":

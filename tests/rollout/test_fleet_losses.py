@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from megatron_plugin.rollout import dispatch, slots
 from megatron_plugin.rollout.engine import Health
 from tests.rollout.fake_engine import SOON_S, TIMEOUT_S, FakeEngine, answers_match, keys_once, requests, update
 
@@ -27,11 +28,105 @@ def test_a_lost_engines_requests_are_asked_elsewhere(fleet_of, fault):
 
 
 def test_an_engine_that_hangs_beyond_its_deadline(fleet_of):
-    hanging, well = FakeEngine("hanging", faults={0: "hang"}), FakeEngine("well", delay_s=0.01)
+    """SUSPECT the first time, DEAD the second."""
+    hanging, well = FakeEngine("hanging", faults={0: "hang", 1: "hang"}), FakeEngine("well", delay_s=0.01)
     begin = time.monotonic()
-    generated = fleet_of(hanging, well).generate(requests(20))
+    generated = fleet_of(hanging, well, concurrency=2).generate(requests(20))
     assert len(generated.completions) == 20 and TIMEOUT_S <= time.monotonic() - begin < TIMEOUT_S + SOON_S
-    assert f"no answer within {TIMEOUT_S:g} s" in generated.lost["hanging"]
+    assert f"no answer within {TIMEOUT_S:g} s, for 2 requests without an answer between" in generated.lost["hanging"]
+
+
+def test_an_engine_that_misses_one_deadline_is_suspect_until_it_answers(fleet_of, caplog):
+    slow, well = FakeEngine("slow", faults={0: "hang"}), FakeEngine("well", delay_s=0.01)
+    fleet = fleet_of(slow, well, concurrency=1)
+    generated = fleet.generate(requests(20))
+    assert len(generated.completions) == 20 and not generated.lost and (generated.suspected, generated.retried) == (1, 1)
+    fleet.health()
+    fleet.generate(requests(6))
+    assert len(slow.prompts) > 1 and fleet.states()["slow"] is Health.HEALTHY, "it was never asked again"
+    assert [record.message for record in caplog.records] == [
+        f"rollout engine slow is SUSPECT: no answer within {TIMEOUT_S:g} s", "rollout engine slow answers again"
+    ]  # fmt: skip
+
+
+def test_a_prompt_that_always_takes_too_long_is_refused(fleet_of):
+    """After three deadlines.  It is to blame, not the engine, which answers all others."""
+    engine = FakeEngine(faults={(2, 7): "hang"}, delay_s=0.02)
+    generated = fleet_of(engine, concurrency=2).generate(requests(6))
+    assert sorted(generated.completions) == ["k0", "k2", "k3", "k4", "k5"] and not generated.lost and engine.prompts.count((2, 7)) == 3
+    assert "asked as often as allowed, the last time: no answer within" in generated.refused["k1"]
+
+
+@pytest.mark.parametrize("fault", ["busy", "cut"])
+def test_what_failed_on_the_way_is_asked_again(fleet_of, fault):
+    """Twice, then it works; and for ever, which is refused after six times in all.  The engine lives and is not lost."""
+    engine = FakeEngine(faults={0: fault, 1: fault, (3, 7): fault}, delay_s=0.01)
+    generated = fleet_of(engine, timeout_s=30, concurrency=2).generate(requests(4))
+    assert sorted(generated.completions) == ["k0", "k1", "k3"] and not generated.lost and not generated.missing
+    assert "asked as often as allowed" in generated.refused["k2"] and engine.prompts.count((3, 7)) == 6
+    assert generated.retried == 2 + 5
+    answers_match(generated)
+
+
+def test_waits_double_up_to_30_seconds_and_differ(monkeypatch):
+    monkeypatch.setattr(slots, "BACKOFF_S", 1.0)
+    for tries in range(1, 12):
+        waits = [slots.backoff(tries) for _ in range(200)]
+        assert min(30.0, 0.5 * 2 ** (tries - 1)) <= min(waits) and max(waits) <= min(30.0, 1.5 * 2 ** (tries - 1))
+        assert len(set(waits)) > 1 or min(waits) == 30.0
+    assert sum(1.5 * 2**n for n in range(dispatch.RETRIES)) < 60 and dispatch.RETRIES == 5
+
+
+def test_an_engine_that_stays_silent_is_probed_and_then_dead(fleet_of):
+    """No answer and no answer to probes either: as a machine that lost its network.  What it was asked waits, and is asked elsewhere."""
+    silent, well = FakeEngine("silent", faults={0: "silent"}), FakeEngine("well", delay_s=0.05)
+    fleet = fleet_of(silent, well, timeout_s=30, concurrency=2)
+    generated = fleet.generate(requests(30))
+    keys_once(generated, 30)
+    assert len(generated.completions) == 30 and "missed 3 health probes in a row" in generated.lost["silent"] and generated.suspected == 1
+    alone = FakeEngine("alone", faults={0: "silent"})
+    generated = fleet_of(alone, timeout_s=30, concurrency=1).generate(requests(3))
+    assert sorted(generated.missing) == ["k0", "k1", "k2"] and not generated.completions
+
+
+def test_told_to_stop(fleet_of):
+    """Within a second, with what there is; the engines are well and may be asked again."""
+    engine, stop = FakeEngine(faults={5: "late"}, delay_s=0.01), threading.Event()
+    fleet = fleet_of(engine, timeout_s=60, concurrency=1)
+    threading.Timer(0.4, stop.set).start()
+    begin = time.monotonic()
+    generated = fleet.generate(requests(50), stop=stop.is_set)
+    assert time.monotonic() - begin < 1.4 + SOON_S / 5 and generated.stopped and len(generated.completions) == 5
+    keys_once(generated, 50)
+    assert set(generated.missing.values()) == {"stopped"} and fleet.states() == {"fake": Health.HEALTHY}
+    engine.release.set()
+    again = fleet.generate(requests(50))
+    assert len(again.completions) == 50 and not again.stopped
+    assert fleet.generate(requests(3), stop=lambda: True).missing == dict.fromkeys(["k0", "k1", "k2"], "stopped")
+
+
+def test_told_to_stop_while_requests_wait_to_be_asked_again(fleet_of, monkeypatch):
+    fleet, stop = fleet_of(FakeEngine(faults={0: "busy", 1: "cut"})), threading.Event()
+    monkeypatch.setattr(slots, "BACKOFF_S", 20.0)
+    threading.Timer(0.4, stop.set).start()
+    generated = fleet.generate(requests(5), stop=stop.is_set)
+    keys_once(generated, 5)
+    assert len(generated.completions) == 3 and generated.stopped and set(generated.missing.values()) == {"stopped"}
+
+
+def test_told_to_stop_while_engines_are_restarted(fleet_of):
+    class Slow(FakeEngine):
+        def restart(self):
+            self.release.wait(60)
+            super().restart()
+
+    engine, stop = Slow(), threading.Event()
+    fleet = fleet_of(engine)
+    fleet.mark_lost(engine, "killed")
+    threading.Timer(0.2, stop.set).start()
+    begin = time.monotonic()
+    assert fleet.restart_dead(stop=stop.is_set) == [] and time.monotonic() - begin < 0.2 + SOON_S
+    assert fleet.states() == {"fake": Health.DEAD}
 
 
 def test_a_late_answer_is_thrown_away_and_counted(fleet_of):
@@ -46,19 +141,19 @@ def test_a_late_answer_is_thrown_away_and_counted(fleet_of):
 
 
 def test_a_late_answer_within_the_call(fleet_of):
-    """The engine that was given up answers while the request is with another one."""
-    late = FakeEngine("late", faults={0: "late"})
+    """The engine that was given up answers while its requests are with another one."""
+    late = FakeEngine("late", faults={0: "late", 1: "late"})
 
     class Second(FakeEngine):
         def _answer(self, fault, prompt_ids, params):
-            if [tuple(prompt_ids)] == late.prompts:
+            if tuple(prompt_ids) in late.prompts:
                 late.release.set()
-                _wait_for_late(fleet, 1)
+                _wait_for_late(fleet, 2)
             return super()._answer(fault, prompt_ids, params)
 
-    fleet = fleet_of(late, Second("second"), concurrency=1)
-    generated = fleet.generate(requests(2))
-    assert len(generated.completions) == 2 and generated.late == generated.retried == 1
+    fleet = fleet_of(late, Second("second"), concurrency=2)
+    generated = fleet.generate(requests(4))
+    assert len(generated.completions) == 4 and generated.late == generated.retried == 2
     answers_match(generated)
 
 
@@ -87,10 +182,10 @@ def test_an_engine_that_went_stale_is_not_taken_for_a_refusal(fleet_of):
 
 @pytest.mark.parametrize("fault", ["die", "hang"])
 def test_all_engines_lost(fleet_of, fault):
-    engines = [FakeEngine(f"e{i}", faults={2: fault}, delay_s=0.01) for i in range(2)]
+    engines = [FakeEngine(f"e{i}", faults={2: fault, 3: fault}, delay_s=0.01) for i in range(2)]
     begin = time.monotonic()
     generated = fleet_of(*engines, concurrency=1).generate(requests(30))
-    assert time.monotonic() - begin < (2 * TIMEOUT_S if fault == "hang" else 0) + SOON_S
+    assert time.monotonic() - begin < (3 * TIMEOUT_S if fault == "hang" else 0) + SOON_S
     keys_once(generated, 30)
     assert len(generated.completions) == 4 and len(generated.missing) == 26
     assert all("e0: " in cause and "e1: " in cause for cause in generated.missing.values())
@@ -107,7 +202,7 @@ def test_a_prompt_that_kills_engines_does_not_kill_them_all(fleet_of):
 def test_random_deaths_lose_and_double_nothing(fleet_of, seed):
     """200 requests, 3 engines, random faults, restarts and updates in between, until all is answered."""
     rng = random.Random(seed)
-    kinds = ["die", "die", "bug", "short", "old", "stale", "late"]
+    kinds = ["die", "die", "bug", "short", "old", "stale", "late", "busy", "cut", "silent"]
     engines = [FakeEngine(f"e{i}", delay_s=0.002, faults={rng.randrange(120): rng.choice(kinds) for _ in range(3)}) for i in range(3)]
     for engine in engines:
         engine.faults[(rng.randrange(200) + 1, 7)] = "refuse"

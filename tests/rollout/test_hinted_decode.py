@@ -114,6 +114,14 @@ def test_pairs_fit_into_one_step_together(start, tokenizer):
     assert max(engine.step_tokens) <= 45 and any(tokens >= 30 for tokens in engine.step_tokens)
 
 
+def test_pairs_that_run_take_their_share_of_a_step(start, tokenizer):
+    """Of 45 tokens 4 pairs that run take 8, so that 3 pairs of 10 fit beside them, not 4; they do not wait for an answer."""
+    engine = start(batched=45, seqs=16, gap_s=0.003)  # slow: the first are running when others come
+    result = run(engine, tokenizer, prompts(12), options(max_tokens=60, end_ids=(0,)))
+    assert len(result.samples) == 12 and not result.torn
+    assert engine.step_tokens[0] == 40 and 8 + 30 in engine.step_tokens and max(engine.step_tokens) <= 45
+
+
 def test_an_engine_that_says_nothing_is_not_believed(start, tokenizer):
     """The engine reports a pair in step although its rows drew different tokens: both answers are compared here, too."""
     engine = start(fault=lambda step, running: [running[-1]] if step == 2 else [])

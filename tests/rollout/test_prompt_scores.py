@@ -8,6 +8,7 @@ import pytest
 
 from megatron_plugin.rollout.engine import EngineError, EngineLostError
 from megatron_plugin.rollout.prompt_scores import PromptScores
+from tests.rollout.http_server import Scripted
 
 
 @pytest.fixture
@@ -75,3 +76,19 @@ def test_what_is_no_vllm_server(server):
         PromptScores(server.url)
     with pytest.raises(EngineLostError):
         PromptScores("http://127.0.0.1:9")
+
+
+def test_whose_weights_the_server_has():
+    """`vllm serve` says nothing; ours has a trainer's, or random ones, which would be scored like any."""
+    server = Scripted()
+    server.answers["/v1/models"] = 200, {"data": [{"id": "m", "max_model_len": 9}]}
+    with pytest.raises(EngineError, match="a rollout server that no trainer has sent weights to, so they are random; expected the model's own"):
+        PromptScores(server.url)
+    server.version = "12"
+    assert PromptScores(server.url).weights == "version 12"
+    server.version, server.answers["/collective_rpc"] = "default", (500, {"detail": "no such method"})
+    assert PromptScores(server.url).weights == ""
+    server.answers["/weight_info"] = 404, {"detail": "Not Found"}
+    assert PromptScores(server.url).weights == ""
+    server.shutdown()
+    server.server_close()

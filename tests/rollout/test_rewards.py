@@ -117,7 +117,7 @@ def test_user_function(reward_of):
 
 
 def test_a_function_that_always_fails_is_an_error(reward_of):
-    with pytest.raises(RewardError, match=r"always_raises' judged none of the last 3 answers \(3 error\).*FileNotFoundError: the model that judges") as raised:
+    with pytest.raises(RewardError, match=r"always_raises' judged none of the last 3 answers \(3 error\).*FileNotFoundError: the model that judges.*/user_rewards\.py:\d+\)") as raised:
         reward_of(f"{USER}.always_raises")(samples("a", "b", "c"))
     assert raised.value.exit_code == 5
 

@@ -1,69 +1,24 @@
 """What the engine makes of a server's answers, with a server that answers as it is told.  No vLLM is needed; what a real one answers is in test_vllm_engine.py."""
 
-import json
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from megatron_plugin.rollout.engine import Completion, EngineError, EngineLostError, Health, SamplingParams, WrongModelError
+from megatron_plugin.rollout.engine import (
+    Completion,
+    EngineBusyError,
+    EngineError,
+    EngineLostError,
+    EngineTimeoutError,
+    Health,
+    SamplingParams,
+    WrongModelError,
+)
+from megatron_plugin.rollout.lease import LEASE_S, Lease
 from megatron_plugin.rollout.vllm_http import connect_engine
 from megatron_plugin.rollout.vllm_model import ModelDescription
-from megatron_plugin.rollout.vllm_versions import TESTED
-
-SERVED = dict(architecture="Qwen2ForCausalLM", vocab_size=320, hidden_size=128, layers=2, tied=False, dtype="float32", max_model_len=512, workers=1,
-              end_token_ids=[257], backend="megatron_plugin_shm", vllm=TESTED, engine_id="")  # fmt: skip
-
-
-def choice(index=0, tokens=(5, 6), logprobs=(-1.0, -2.0), versions=("7",), reason="length"):
-    """Of an answer of vLLM's, as it is on the wire."""
-    spans = [{"version": version, "start": 0, "end": len(tokens)} for version in versions]
-    content = [{"logprob": logp} for logp in logprobs]
-    return dict(index=index, token_ids=list(tokens), logprobs={"content": content}, weight_versions=spans, finish_reason=reason)
-
-
-class Scripted(ThreadingHTTPServer):
-    """answers: {path: (status, body)}, where they are not those of a healthy server with weights of version `version`.  asked: [(path, body)]."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        self.answers, self.asked, self.version, self.choices = {}, [], "default", [choice()]
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-    def answer(self, path, body):
-        self.asked.append((path, body))
-        if path in self.answers:
-            return self.answers[path]
-        if path == "/finish_weight_update":
-            self.version = body["weight_version"]
-        results = [SERVED] if body.get("method") == "megatron_plugin_describe" else [None]
-        return 200, {"/collective_rpc": {"results": results}, "/weight_info": {"weight_version": self.version}, "/reset_prefix_cache": {"success": True},
-                     "/inference/v1/generate": {"choices": self.choices}}.get(path, {})  # fmt: skip
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self):
-        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "{}")
-        status, answer = self.server.answer(self.path.partition("?")[0], body)
-        data = json.dumps(answer).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-        if status >= 500:  # as uvicorn after an error that nobody caught: closed without a word in the headers, once the traceback is written
-            time.sleep(0.02)
-            self.close_connection = True
-
-    do_POST = do_GET
-
-    def log_message(self, *_):
-        pass
+from tests.rollout.bad_server import BadServer
+from tests.rollout.http_server import SERVED, Scripted, choice
 
 
 @pytest.fixture
@@ -121,6 +76,12 @@ BAD = {
     "a token without": (choice(logprobs=(-1.0,)), "got 1 log-probabilities for 2 tokens"),
     "none at all": (choice() | dict(logprobs=None), "got 0 log-probabilities for 2 tokens"),
     "not finite": (choice(logprobs=(-1.0, float("-inf"))), "expected one finite number for each"),
+    "above 0": (choice(logprobs=(-1.0, 0.25)), "2 log-probabilities for 2 tokens, 0.25 among them, expected one finite number for each, none above 0"),
+    "null": (choice(logprobs=(-1.0, None)), "None among them"),
+    "a stray token": (choice(tokens=(5, 320)), r"got token 320 in a completion, expected ids in \[0, 320\)"),
+    "no token id": (choice(tokens=(5, True)), "got token True in a completion"),
+    "too long": (choice(tokens=(5,) * 9, logprobs=(-1.0,) * 9), "got a completion of 9 tokens, expected at most 8"),
+    "numbered from 1": (choice(1), "got completions numbered 1, expected 1 of them, from 0 on"),
     "aborted": (choice(reason="abort"), "ended by 'abort', expected 'stop' or 'length'"),
 }  # fmt: skip
 
@@ -130,7 +91,7 @@ def test_answers_that_are_none(engine, server, case):
     server.choices, message = [BAD[case][0]], BAD[case][1]
     with pytest.raises(EngineError, match=message) as error:
         ask(engine)
-    assert type(error.value) is EngineError
+    assert not isinstance(error.value, (EngineLostError, EngineBusyError)), "asking again would not help"
     assert engine.health() is (Health.STALE if "weights" in case else Health.HEALTHY), "of other weights no answer is of use"
 
 
@@ -156,7 +117,7 @@ def test_a_refusal_is_not_a_loss(engine, server):
         for _ in range(20):
             with pytest.raises(EngineError, match=f"HTTP {status}: no such thing") as error:
                 ask(engine)
-            assert type(error.value) is EngineError
+            assert type(error.value) is (EngineBusyError if status == 500 else EngineError)
             assert engine.health() is Health.HEALTHY
 
 
@@ -228,3 +189,94 @@ def test_a_server_that_is_none_of_ours(server):
     server.answers["/collective_rpc"] = 200, {"results": [SERVED | {"vllm": "0.11.0"}]}
     with pytest.raises(RuntimeError, match="got vLLM 0.11.0, expected 0.27.1 to 0.32"):
         connect_engine(server.url, ModelDescription())
+
+
+def test_a_web_page_is_shown_by_its_title(server):
+    server.answers["/health"] = 404, "x"
+    reasons = {"<!DOCTYPE html><html><title> Not here </title>" + "<p>" * 900: r"HTTP 404: a web page \(Not here\): is something else than vLLM listening there\?$",
+               "<html><body>no</body></html>": "a web page: is something", "plain words": "HTTP 404: plain words$"}  # fmt: skip
+    for page, shown in reasons.items():
+        server.handle_bad = lambda handler, path, body, page=page: _page(handler, page)
+        with pytest.raises(EngineError, match=shown):
+            connect_engine(server.url, ModelDescription())
+
+
+def _page(handler, text):
+    handler.send_response(404)
+    handler.send_header("Content-Length", str(len(text)))
+    handler.end_headers()
+    handler.wfile.write(text.encode())
+    return True
+
+
+class Leased:
+    """The server's side of a lease, over HTTP, as vllm_plugin.py has it."""
+
+    def __init__(self, server):
+        self.lease, self.now, answer = Lease(), 0.0, server.answer
+
+        def with_lease(path, body):
+            calls = {"megatron_plugin_claim": lambda owner: self.lease.claim(owner, self.now), "megatron_plugin_release": self.lease.release}
+            if body.get("method") in calls:
+                return 200, {"results": [calls[body["method"]](*body["args"])]}
+            return answer(path, body)
+
+        server.answer = with_lease
+
+
+def test_a_second_trainer_is_refused_while_the_first_is_heard(server):
+    leased, expected = Leased(server), ModelDescription(vocab_size=320)
+    first = connect_engine(server.url, expected, owner="a:/runs/first")
+    leased.now = LEASE_S - 1
+    with pytest.raises(EngineError, match=r"a server that a:/runs/first sends weights to, last 599 s ago, expected one of this run's own") as refused:
+        connect_engine(server.url, expected, owner="a:/runs/second")
+    assert not isinstance(refused.value, EngineLostError)
+    update(first, 1)  # heard again
+    leased.now += LEASE_S - 1
+    with pytest.raises(EngineError, match="a:/runs/first"):
+        connect_engine(server.url, expected, owner="a:/runs/second")
+    connect_engine(server.url, expected, owner="a:/runs/first").close()  # resumed: it is let in, and gives the server back
+    second = connect_engine(server.url, expected, owner="a:/runs/second")
+    with pytest.raises(EngineError, match="a:/runs/second"):
+        first.begin_update(5)
+    assert not any(path == "/pause" for path, _ in server.asked[-2:]), "the second one's server was stopped"
+    update(second, 2)
+
+
+def test_a_trainer_that_was_killed_loses_its_server_after_a_while(server):
+    leased, expected = Leased(server), ModelDescription(vocab_size=320)
+    connect_engine(server.url, expected, owner="killed")
+    leased.now = LEASE_S + 1
+    update(connect_engine(server.url, expected, owner="next"), 1)
+
+
+def test_who_gives_no_name_neither_takes_nor_asks(server):
+    Leased(server)
+    connect_engine(server.url, ModelDescription(), owner="a")
+    update(connect_engine(server.url, ModelDescription()), 1)
+    assert not any(body.get("method") == "megatron_plugin_claim" and body["args"] == [""] for _, body in server.asked)
+
+
+def test_pausing_keeps_the_cache(engine, server):
+    server.answer, queries = server.answer, []
+    server.handle_bad = lambda handler, path, body: queries.append(handler.path)
+    engine.pause()
+    assert queries == ["/pause?mode=keep&clear_cache=false"]
+
+
+def test_an_answer_without_end_is_cut_off(monkeypatch):
+    """httpx counts its timeout anew with every piece, and keeps all of them."""
+    server = BadServer({0: "dribbles", 1: "endless"})
+    engine = connect_engine(server.url, ModelDescription(vocab_size=320))
+    update(engine, 1)
+    try:
+        begin = time.monotonic()
+        with pytest.raises(EngineTimeoutError, match="no whole answer within 0.5 s"):
+            engine.generate([1, 7], SamplingParams(max_tokens=8), timeout_s=0.5)
+        assert time.monotonic() - begin < 3
+        with pytest.raises(EngineLostError, match="got more than 10[0-9]{5} bytes, expected an answer that ends before"):
+            engine.generate([1, 7], SamplingParams(max_tokens=8), timeout_s=60)
+    finally:
+        server.release.set()
+        server.shutdown()
+        server.server_close()

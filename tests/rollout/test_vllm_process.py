@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from megatron_plugin.config import ConfigError
+from megatron_plugin.rollout import server_log, vllm_process
 from megatron_plugin.rollout.engine import EngineLostError, WrongModelError
 from megatron_plugin.rollout.expected_weights import ExpectedWeights
 from megatron_plugin.rollout.serve import serve
@@ -92,7 +94,7 @@ def test_heads_that_vllm_cannot_serve_on_a_cpu(tmp_path, monkeypatch, fields, si
     with pytest.raises(ValueError, match=rf"heads of size {size} .*expected one of 32, 48, 64, .*no CPU kernels.*model.kv_channels.* on a GPU"):
         _options(str(tmp_path))
     with pytest.raises(ConfigError, match=f"serve: got attention heads of size {size}"):
-        serve(str(tmp_path), host="127.0.0.1", port=1, public=False, dtype="bf16", memory=0.0, options={})
+        serve(str(tmp_path), host="127.0.0.1", port=1, public=False, dtype="bf16", memory=0.0, log="", options={})
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     _options(str(tmp_path), transfer="nccl")
 
@@ -126,19 +128,6 @@ for dtype in (torch.float32, torch.bfloat16):
 @pytest.mark.skipif(not (installed_vllm() == TESTED and metadata.version("torch").endswith("+cpu")), reason=f"asks the CPU kernels of vLLM {TESTED}")
 def test_the_sizes_of_heads_are_those_of_vllms_kernels():
     subprocess.run([sys.executable, "-c", HEADS], check=True, cwd=ROOT)
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "10.0.0.7", "example.org"])
-def test_serving_to_other_machines_needs_a_permission(folder, host, monkeypatch):
-    started = []
-    monkeypatch.setattr(os, "execve", lambda *arguments: started.append(arguments))
-    call = dict(host=host, port=8123, dtype="fp32", memory=0.0, options={"transfer": "gloo"})
-    with pytest.raises(ConfigError, match="can be reached from other machines, and vLLM's routes for weight updates ask for no key"):
-        serve(folder, public=False, **call)
-    assert not started
-    serve(folder, public=True, **call)
-    ((_, command, environment),) = started
-    assert command[command.index("--host") + 1] == host and environment["VLLM_SERVER_DEV_MODE"] == "1"
 
 
 def test_versions():
@@ -177,6 +166,33 @@ def test_a_restart_keeps_what_the_death_left_in_the_log(fake_vllm, tmp_path):
         assert [word for word in ("first death", "second") if word in words] == [word for word in (shown,) if word]
     log = (tmp_path / "logs" / "engine.log").read_text()
     assert log.index("first death") < log.index("second") and log.count("==== vLLM is started") == 3
+
+
+def test_a_start_that_takes_long_says_so(fake_vllm, monkeypatch, caplog):
+    """With the last line of the log; and a log that fills the disk is cut, its end kept."""
+    monkeypatch.setattr(vllm_process, "SAY_S", 0.5)
+    options = fake_vllm("import time; print('loading the kernels', flush=True); time.sleep(60)")
+    log = Path(options.log)
+    log.parent.mkdir()
+    log.write_bytes(b"old\n" * 100 + b"x" * (64 << 20) + b"the end of it\n")
+    with pytest.raises(EngineLostError, match="is not ready after"):
+        start_server(replace(options, start_timeout_s=3.0))
+    said = [record.message for record in caplog.records if "is not ready after" in record.message]
+    assert 2 <= len(said) <= 6 and said[-1].endswith("engine.log: loading the kernels")
+    assert log.stat().st_size < 1 << 20 and (log.parent / "engine.log.1").read_bytes().endswith(b"xxx" + b"the end of it\n")
+
+
+def test_a_log_that_is_appended_to_may_be_emptied_behind_its_writer(tmp_path, monkeypatch):
+    monkeypatch.setattr(server_log, "LOG_BYTES", 100)
+    monkeypatch.setattr(server_log, "KEPT_BYTES", 10)
+    path = tmp_path / "engine.log"
+    with path.open("ab", buffering=0) as writer:
+        writer.write(b"a" * 100)
+        assert not server_log.cap_log(path)
+        writer.write(b"b" * 5)
+        assert server_log.cap_log(path) and path.stat().st_size == 0
+        writer.write(b"again")
+    assert path.read_bytes() == b"again" and (tmp_path / "engine.log.1").read_bytes() == b"a" * 5 + b"b" * 5
 
 
 def test_a_server_that_takes_too_long_is_ended(vllm, folder, tmp_path):
@@ -256,10 +272,12 @@ def test_redirects_are_not_followed():
     server.shutdown()
 
 
-def test_nobody_there():
+def test_nobody_there(caplog):
     start = time.monotonic()
     with pytest.raises(EngineLostError, match="127.0.0.1:9/health: ConnectError"):
         connect_engine("http://127.0.0.1:9", ModelDescription(), start_timeout_s=1.0)
+    said, = caplog.records
+    assert said.message.startswith("waiting for rollout server http://127.0.0.1:9, 0 of 1 s: ") and "refused" in said.message
     assert 1.0 < time.monotonic() - start < 10
 
 

@@ -104,6 +104,16 @@ def test_closing_leaves_a_server_of_somebody_else_running(bench):
     engine.close()
 
 
+def test_a_second_trainer_is_refused_until_the_first_has_ended(bench):
+    expected = describe_model(bench.folder)
+    first = connect_engine(bench.engine.name, expected, owner="node0:/runs/a")
+    with pytest.raises(EngineError, match="got a server that node0:/runs/a sends weights to"):
+        connect_engine(bench.engine.name, expected, owner="node0:/runs/b")
+    connect_engine(bench.engine.name, expected, owner="node0:/runs/a")  # the same run, resumed
+    first.close()
+    connect_engine(bench.engine.name, expected, owner="node0:/runs/b").close()
+
+
 def test_the_server_ends_with_its_owner(bench):
     """Last.  However the owner went: no orphan, no shared memory, and the trainer is told."""
     _send(bench)

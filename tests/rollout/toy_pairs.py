@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+import time
 
 import torch
 
@@ -24,8 +25,8 @@ class ToyPairEngine:
 
     name, max_model_len = "toy", 200
 
-    def __init__(self, tokenizer, *, width=300, seqs=16, batched=10_000, kv_blocks=1000, fault=None):
-        self.vocab_size, self.fault, self.tokenizer = width, fault or (lambda step, running: ()), tokenizer
+    def __init__(self, tokenizer, *, width=300, seqs=16, batched=10_000, kv_blocks=1000, fault=None, gap_s=1e-4):
+        self.gap_s, self.vocab_size, self.fault, self.tokenizer = gap_s, width, fault or (lambda step, running: ()), tokenizer
         self.limits = PairLimits(max_num_seqs=seqs, max_num_batched_tokens=batched, policy="priority", chunked_prefill=False, kv_blocks=kv_blocks,
                                  block_size=16, vocabulary=fingerprint(tokenizer))  # fmt: skip
         self.mixer = PairMixer(lambda ids: tokenizer.decode(list(ids), skip_special_tokens=False))
@@ -85,12 +86,15 @@ class ToyPairEngine:
     # -- the batch --------------------------------------------------------------------------------------------------------------------------------
 
     def _loop(self):
-        with self.changed:
-            while not self.closed:
+        while True:
+            with self.changed:
+                if self.closed:
+                    return
                 if self.paused or not (self.waiting or self.running):
                     self.changed.wait()
                 else:
                     self._step()
+            time.sleep(self.gap_s)  # the others' turn, or all answers are drawn before anybody can pause
 
     def _step(self):
         self.waiting.sort(key=lambda r: (r.request.order, r.number))

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import sys
 import time
 
@@ -75,3 +76,10 @@ def two_arguments(prompts, completions):
 
 
 NOT_A_FUNCTION = 3
+
+
+def connects(*, completion, **_):
+    """To the address in the completion."""
+    host, _, port = completion.partition(":")
+    socket.create_connection((host, int(port)), timeout=5).close()
+    return 1.0

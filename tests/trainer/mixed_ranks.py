@@ -15,6 +15,7 @@ from megatron_plugin.config import load_config
 from megatron_plugin.data import BLANK_ROW, IGNORE_INDEX, DataError, Sample, pack_samples
 from megatron_plugin.parallel.normaliser import Source
 from megatron_plugin.trainer import checkpoint as checkpoints
+from megatron_plugin.trainer import saving
 from megatron_plugin.trainer.mixed import mix, score, train_mixed
 from megatron_plugin.trainer.model import build_model, build_optimizer, transformer_config
 from megatron_plugin.trainer.reference import Reference
@@ -108,7 +109,7 @@ def save(group, *, run_dir: str) -> Path:
         generator = torch.Generator().manual_seed(5)
         for p in run.chunks[0].module.parameters():
             p.data.add_(torch.randn(p.shape, generator=generator) * (0.2 if p.dim() > 1 else 0.1))
-        return checkpoints.save_checkpoint(run_dir, run.chunks, None, {"step": 0}, keep=0)
+        return saving.save_checkpoint(run_dir, run.chunks, None, {"step": 0}, keep=0)
 
 
 def by_hand(group, *, run_dir: str, checkpoint: Path) -> dict:

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from megatron_plugin.config import load_config
-from megatron_plugin.trainer.metrics import read_metrics
+from megatron_plugin.report.lines import read_metrics
 
 CONFIG = "configs/debug_cpu.yaml"
 
@@ -82,7 +82,7 @@ def _megatron_cross_entropy(logits, *, labels, loss_mask):
 def save_and_load(group, *, overrides: dict, optimizer: bool, sharding: str | None = None, other: dict | None = None) -> str | None:
     """Save a fresh model, with its optimizer in the format `sharding` (None: ours) or without, and load it with one, or another model (`other` overrides) without: the error's text."""
     from megatron_plugin.hooks import dist_checkpoint
-    from megatron_plugin.trainer import checkpoint, model
+    from megatron_plugin.trainer import checkpoint, model, saving
     from megatron_plugin.trainer.world import world
 
     config = _config(overrides, group.size())
@@ -92,7 +92,7 @@ def save_and_load(group, *, overrides: dict, optimizer: bool, sharding: str | No
         adam, _ = model.build_optimizer(config, transformer, chunks)
         ours, dist_checkpoint.FORMAT = dist_checkpoint.FORMAT, sharding or dist_checkpoint.FORMAT
         try:
-            path = checkpoint.save_checkpoint(config.run_dir, chunks, adam if optimizer else None, {"step": 0}, keep=0)
+            path = saving.save_checkpoint(config.run_dir, chunks, adam if optimizer else None, {"step": 0}, keep=0)
         finally:
             dist_checkpoint.FORMAT = ours
         if other is not None:

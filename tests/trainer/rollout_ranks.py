@@ -208,7 +208,7 @@ def ahead(group, *, overrides: dict, faults: dict, steps: int, evaluates_at: int
             found.append({
                 "sources": [g.judged.prompt.source for g in groups], "versions": [{c.weight_version for c in g.judged.completions} for g in groups],
                 "metrics": metrics, "behind": sum(behind) / len(behind), "position": rollouts.position()["consumed"],
-                "restarts": [fake.restarts for fake in source.fakes],
+                "restarts": [fake.restarts for fake in source.fakes], "drawn": rollouts.order.consumed,
             })  # fmt: skip
             if step == evaluates_at:
                 source.run.step += 1

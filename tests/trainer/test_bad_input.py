@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import safetensors
 
+from megatron_plugin.report.lines import read_metrics
 from tests.spawn import on_ranks
 
 RANKS = "tests.trainer.ranks"
@@ -38,10 +40,32 @@ def test_a_step_without_a_loss_token_names_its_samples(tmp_path):
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_loss_that_is_not_a_number_stops_every_rank_before_the_weights_change(size, tmp_path):
-    overrides = {"run_dir": tmp_path / "run", "loss.name": "tests.losses.user_losses.becomes_nan"} | ({"parallel.tensor": 2} if size == 2 else {})
+    run_dir = tmp_path / "run"
+    overrides = {"run_dir": run_dir, "loss.name": "tests.losses.user_losses.becomes_nan", "train.steps": 5} | ({"parallel.tensor": 2} if size == 2 else {})
     message = _error(size, **overrides)
-    assert "NonFiniteError: step 1: the loss is nan, no weight was changed; the step's samples: " in message and "train.jsonl:" in message
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    ranks = "rank 0" if size == 1 else "ranks 0, 1"
+    assert f"NonFiniteError: step 3: the loss is nan on {ranks}, micro-batch 0, 1 of the step, no weight was changed; the step's samples: " in message
+    assert "train.jsonl:" in message and "3 in a row, train.max_nonfinite is 3" in message and not (run_dir / "checkpoints").exists()
+    lines = read_metrics(run_dir)
+    assert [line["step"] for line in lines] == [1, 2] and [line["guard/skipped_steps"] for line in lines] == [1, 2], "the third ends the run"
+    assert lines[0]["train/loss"] is None and lines[1]["train/nll"] == pytest.approx(lines[0]["train/nll"], rel=0.05), "other samples, the same weights"
+
+
+def test_a_step_that_was_held_back_can_be_tried_again(tmp_path):
+    """Its samples are the lines that were read, its tensors the micro-batch, and the command in step.json meets the same fault."""
+    overrides = {"run_dir": tmp_path / "run", "loss.name": "tests.losses.user_losses.becomes_nan", "train.max_nonfinite": 1}
+    assert "NonFiniteError: step 1: " in _error(**overrides)
+    folder = tmp_path / "run" / "replay" / "step_00000001"
+    record = json.loads((folder / "step.json").read_text())
+    lines = (folder / "samples.jsonl").read_text().splitlines()
+    given = open(BASE["data.train"]).read().splitlines()
+    assert lines == [given[int(source.rpartition(":")[2]) - 1] for source in record["samples"]] and record["step"] == 1
+    assert record["ranks"][0]["micro_batches"] == [0, 1] and record["ranks"][0]["places"]["0"] and not record["ranks"][0]["weights"]
+    with safetensors.safe_open(folder / "rank_0.safetensors", "pt") as file:
+        assert file.get_tensor("0.tokens").shape == file.get_tensor("0.labels").shape == (2, 64)
+        assert file.get_tensor("0.loss")[file.get_tensor("0.live")].isnan().any()
+    words = dict(word.split("=", 1) for word in record["command"].split()[3:] if "checkpoint.init" not in word)  # there is no checkpoint yet
+    assert "NonFiniteError: step 1: the loss is nan" in _error(**words | {"loss.name": "tests.losses.user_losses.becomes_nan"})
 
 
 def test_a_loss_that_needs_inputs_has_none_in_supervised_training(tmp_path):
@@ -63,7 +87,7 @@ def test_resume_never_does_not_overwrite_a_run(tmp_path):
 def test_a_checkpoint_of_another_model_is_named(tmp_path):
     on_ranks(1, RANKS, "train", overrides=BASE | {"run_dir": tmp_path / "run"})
     message = _error(**{"run_dir": tmp_path / "other", "checkpoint.init": tmp_path / "run", "model.hidden_size": 32})
-    assert "CheckpointError" in message and "does not fit this model" in message
+    assert "CheckpointError" in message and "model.hidden_size 32, expected 64" in message and "set model.hidden_size=64" in message
 
 
 def test_other_data_than_the_checkpoints_is_refused(tmp_path):
@@ -75,7 +99,7 @@ def test_other_data_than_the_checkpoints_is_refused(tmp_path):
 
 
 def test_a_gradient_that_is_not_a_number_is_not_stepped(tmp_path):
-    message = _error(**{"run_dir": tmp_path / "run", "loss.name": "tests.losses.user_losses.nan_gradient"})
+    message = _error(**{"run_dir": tmp_path / "run", "loss.name": "tests.losses.user_losses.nan_gradient", "train.max_nonfinite": 1})
     assert "NonFiniteError: step 1: the gradient norm is nan, no weight was changed" in message
     assert not (tmp_path / "run" / "checkpoints").exists()
 

@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from megatron_plugin.data import generate
+from megatron_plugin.report.lines import read_metrics
 from megatron_plugin.rollout.log import read_rollouts
-from megatron_plugin.trainer.metrics import read_metrics
 from tests.tolerances import ENGINE_LOGP
 
 ROOT = Path(__file__).parent.parent.parent

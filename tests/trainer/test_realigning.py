@@ -169,7 +169,7 @@ def test_a_tokenizer_without_an_end_or_a_template_or_too_large_is_refused(go, mo
     assert hf_engine.end_ids(load_tokenizer(endless), endless) == (2, 5)
     (endless / "config.json").write_text(json.dumps({"max_position_embeddings": 99}))
     code, model = go("--out", str(tmp_path / "b"), model=endless)
-    assert code == 2 and model is None and "a tokenizer without an end token" in capsys.readouterr().err
+    assert code == 2 and model is None and "without an end token, and none in generation_config.json" in capsys.readouterr().err
     (endless / "config.json").write_text(json.dumps({"max_position_embeddings": 99, "vocab_size": 250, "eos_token_id": 2}))
     code, model = go("--out", str(tmp_path / "d"), model=endless)
     assert code == 2 and model is None and "expected below vocab_size 250 of config.json" in capsys.readouterr().err

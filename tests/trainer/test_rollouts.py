@@ -47,11 +47,22 @@ def test_an_engine_lost_while_the_batch_ahead_is_sampled(data, tmp_path, urls, n
     assert [batch["metrics"]["rollout/lost_engines"] for batch in batches] == [0, 1, 0, 0] and batches[-1]["restarts"] == restarts
 
 
+def test_nothing_is_sampled_ahead_of_a_checkpoint(data, tmp_path):
+    """A resumed run can only draw it with the checkpoint's weights, so the undisturbed one does too."""
+    overrides = {"run_dir": tmp_path / "run", "rollout.url": f"[{FIRST}]", "checkpoint.interval": 2, "train.steps": 5, **AHEAD}
+    batches = on_ranks(1, RANKS, "ahead", overrides=data | overrides, faults={}, steps=5)[0]
+    assert [batch["behind"] for batch in batches] == [0, 1, 0, 1, 0]
+    assert [batch["position"] for batch in batches] == [4, 8, 12, 16, 20]
+
+
 def test_an_evaluation_waits_for_the_batch_ahead(data, tmp_path):
     """It sends new weights: the requests in flight must have ended, and their answers are of the weights before."""
     overrides = {"run_dir": tmp_path / "run", "rollout.url": f"[{FIRST}]", **AHEAD}
+    overrides |= {"train.steps": 2}
     batches = on_ranks(1, RANKS, "ahead", overrides=data | overrides, faults={}, steps=2, evaluates_at=0)[0]
     assert [batch["behind"] for batch in batches] == [0, 1] and batches[1]["metrics"]["rollout/staleness"] == 1
+    assert [batch["metrics"]["rollout/engines_healthy"] for batch in batches] == [1, 1]
+    assert [batch["drawn"] for batch in batches] == [8, 8], "a batch behind the last step was sampled"
 
 
 @pytest.fixture(scope="module")

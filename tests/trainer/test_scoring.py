@@ -13,7 +13,7 @@ from tests.spawn import on_ranks
 
 ROOT = Path(__file__).parent.parent.parent
 RANKS = "tests.trainer.scoring_ranks"
-CLOSE = 2e-5  # nats, mean over a sample's tokens: layouts and dense fp64; measured 1.0e-6 (six decimals are kept)
+CLOSE = 5e-6  # nats, mean over a sample's tokens (six decimals are kept); measured: TP2 and unpacked 1e-6, other layouts 0, dense fp64 4.7e-7
 SMALL = {"train.eval_interval": 0, "train.global_batch": 4, "train.micro_batch": 2, "checkpoint.interval": 0, "loss.name": "sft", "data.bpe_vocab_size": 320,
          "train.steps": 6, "train.lr": 5.0e-3, "data.eval_answers": 0}  # fmt: skip
 

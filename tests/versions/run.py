@@ -3,8 +3,7 @@
     make test-versions                                   # everything, with the tables
     .venv/bin/python tests/versions/run.py 0.14.0 verl   # or bridge: some of it, printed only
 
-Wheels come from the package index into build/versions/ and are unpacked, not installed: they are Python, but for one library that is not
-needed, so those for Python 3.12 run on 3.11 too.  Each runs in processes of its own, with a timeout.  Exit code 1 when a check fails.
+tests/wheels.py fetches what is not installed.  Each runs in processes of its own, with a timeout.  Exit code 1 when a check fails.
 """
 
 from __future__ import annotations
@@ -13,18 +12,17 @@ import datetime
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
-import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.wheels import CACHE, VERL, fetch_megatron, fetch_packages
+
 ROOT = Path(__file__).parents[2]
-HERE, CACHE, PAGE = ROOT / "tests/versions", ROOT / "build/versions", ROOT / "megatron_plugin/hooks/VERSIONS.md"
-INSTALLED = version("megatron-core")
+HERE, PAGE = ROOT / "tests/versions", ROOT / "megatron_plugin/hooks/VERSIONS.md"
 MEGATRON = ("0.14.0", "0.15.3", "0.16.1", "0.17.1", "0.18.2", "0.19.2")
-VERL = ("verl==0.9.1", "tensordict==0.15.3", "ray==2.60.0", "msgpack==1.2.4", "pyvers==0.2.3", "codetiming==1.4.0", "orjson==3.13.0")
 BRIDGE = "megatron-bridge==0.3.1"
 TIMEOUT_S = 400
 SMALL = (
@@ -35,35 +33,6 @@ SMALL = (
     "--no-gradient-accumulation-fusion --no-masked-softmax-fusion --no-bias-dropout-fusion --no-bias-swiglu-fusion --no-rope-fusion "
     "--no-persist-layer-norm --eval-iters 1 --eval-interval 1000"
 ).split()
-
-
-def fetch(number: str) -> Path | None:
-    """The unpacked wheel of a megatron-core; None for the one that is installed."""
-    if number == INSTALLED:
-        return None
-    folder = CACHE / f"megatron-core-{number}"
-    if not folder.exists():
-        wheels = CACHE / "wheels"
-        platforms = [f"--platform=manylinux_2_{minor}_{platform.machine()}" for minor in (24, 28)]
-        _pip("download", "--no-deps", "--only-binary=:all:", "--python-version=3.12", *platforms, f"--dest={wheels}", f"megatron-core=={number}")
-        with zipfile.ZipFile(next(wheels.glob(f"megatron_core-{number}-*.whl"))) as wheel:
-            wheel.extractall(unfinished := folder.with_suffix(".part"))
-        unfinished.rename(folder)
-    return folder
-
-
-def fetch_packages(*packages: str) -> Path:
-    """A folder with them in it, without what they depend on."""
-    folder = CACHE / packages[0].replace("==", "-")
-    if not folder.exists():
-        _pip("install", "--no-deps", f"--target={folder}.part", *packages)
-        shutil.rmtree(f"{folder}.part/tests", ignore_errors=True)  # verl brings a package of that name, which would hide ours
-        Path(f"{folder}.part").rename(folder)
-    return folder
-
-
-def _pip(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "pip", *arguments, "--quiet", "--disable-pip-version-check"], check=True, timeout=600)
 
 
 def run(script: str, first: Path | None, *arguments: str, ranks: int = 2) -> dict[str, str]:
@@ -103,7 +72,7 @@ def main(chosen: list[str]) -> int:
     for number in MEGATRON:
         if chosen and number not in chosen:
             continue
-        core[number] = run("parity.py", first := fetch(number))
+        core[number] = run("parity.py", first := fetch_megatron(number))
         if core[number].pop("version", number).split("+")[0] != number:  # from 0.18 on it ends in the commit of the git tree around it
             core[number] = {"it runs": "another version was imported"}
         _say(f"megatron-core {number}", core[number])

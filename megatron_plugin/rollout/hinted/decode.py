@@ -103,8 +103,10 @@ class HintedDecoder:
         running: set[_Flight] = set()
         torn: dict[str, str] = {}
         while waiting or running:
-            if waiting and (not running or limit - len(running) >= min(max(1, limit // 4), len(waiting))):
-                self._hand_in(waiting, limit - len(running), running)
+            # again and again: what one step takes may be fewer than there is room for
+            while waiting and (not running or limit - len(running) >= min(max(1, limit // 4), len(waiting))):
+                if not self._hand_in(waiting, limit - len(running), running):
+                    break
             flight, stream, answer = self._wait()
             flight.halves[stream] = answer
             if len(flight.halves) == 2:
@@ -115,8 +117,8 @@ class HintedDecoder:
                 over = []
         return torn
 
-    def _hand_in(self, waiting: deque[HintedPrompt], room: int, running: set[_Flight]) -> None:
-        """Pairs that fit into one step together, while nothing is stepping; they are running then."""
+    def _hand_in(self, waiting: deque[HintedPrompt], room: int, running: set[_Flight]) -> bool:
+        """Pairs that fit into one step together, while nothing is stepping; they are running then.  False: none fits beside those that run."""
         budget = self.limits.max_num_batched_tokens - 2 * len(running)
         chosen: list[HintedPrompt] = []
         while waiting and len(chosen) < room:
@@ -125,7 +127,7 @@ class HintedDecoder:
                 break
             chosen.append(waiting.popleft())
         if not chosen:
-            return
+            return False
         self._until_begun()
         flights = [_Flight(prompt, secrets.token_hex(8)) for prompt in chosen]
         running.update(flights)
@@ -142,6 +144,7 @@ class HintedDecoder:
             self._until_taken(flights, before)
         finally:
             self.engine.resume()
+        return True
 
     def _until_begun(self) -> None:
         """Until the engine has begun what it was handed last: the budget of one step is not for two lots."""

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from enum import Enum
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +17,8 @@ from megatron_plugin.rollout.hinted.options import HintedOptions
 
 __all__ = ["Phase", "keep_nucleus", "mix", "share_of_plain"]
 
-HEAD = 512  # columns; 32 rows of 151 936 on one CPU thread: 12 ms, sorted whole 425 ms
+HEAD = 512  # columns; 32 rows of 151 936 on one CPU thread: 5 ms, sorted whole 13 ms
+LEAST = -1e4  # nats; a probability is 0 long before, in fp64 too
 
 
 class Phase(Enum):
@@ -46,15 +48,17 @@ def mix(hinted_NV: Tensor, plain_NV: Tensor, phases_N: Sequence[Phase], options:
             share_N1[row] = 1.0
         elif phase is Phase.FIRST and options.first_from_hint:
             share_N1[row] = 0.0
-    # 0 * -inf is nan: a stream with no say must not veto by its impossible tokens
-    logm_NV = torch.where(share_N1 < 1, (1 - share_N1) * logp_NV, 0) + torch.where(share_N1 > 0, share_N1 * logq_NV, 0)
+    logm_NV = (1 - share_N1) * logp_NV + share_N1 * logq_NV
+    for share, alone_NV in ((0.0, logp_NV), (1.0, logq_NV)):  # 0 * -inf is nan: a stream with no say must not veto by its impossible tokens
+        rows = (share_N1 == share).squeeze(-1).nonzero().squeeze(-1)
+        logm_NV[rows] = alone_NV[rows]
     logm_NV = keep_nucleus(logm_NV.log_softmax(-1), options.top_p)
     return torch.nn.functional.pad(logm_NV, (0, hinted_NV.shape[-1] - options.vocab_size), value=-math.inf)
 
 
 def share_of_plain(logp_NV: Tensor, options: HintedOptions) -> Tensor:
     """lambda, [N, 1] in [0, 1], of the hinted stream's normalised log-probabilities: a sure hint is followed, an unsure one gives way."""
-    entropy_N1 = -torch.where(logp_NV > -math.inf, logp_NV.exp() * logp_NV, 0).sum(-1, keepdim=True)
+    entropy_N1 = -(logp_NV.exp() * logp_NV.clamp(min=LEAST)).sum(-1, keepdim=True)  # 0 * -inf is nan
     relative_N1 = entropy_N1 / math.log(options.vocab_size)
     if options.schedule == "linear":
         share_N1 = options.beta * relative_N1
@@ -72,11 +76,21 @@ def keep_nucleus(logm_NV: Tensor, top_p: float) -> Tensor:
     Of normalised log-probabilities.  Found among the best HEAD columns, where it nearly always is; only rows where it is larger are sorted."""
     if top_p >= 1.0:
         return logm_NV
-    last_N1 = _last_of_nucleus(logm_NV.topk(min(HEAD, logm_NV.shape[-1]), dim=-1).values, top_p)
+    last_N1 = _last_of_nucleus(_best(logm_NV, min(HEAD, logm_NV.shape[-1])), top_p)
     wide = (last_N1 == -math.inf).squeeze(-1).nonzero().squeeze(-1)
     if len(wide):
-        last_N1[wide] = _last_of_nucleus(logm_NV[wide].sort(dim=-1, descending=True).values, top_p)
+        last_N1[wide] = _last_of_nucleus(_best(logm_NV[wide], logm_NV.shape[-1]), top_p)
     return logm_NV.masked_fill(logm_NV < last_N1, -math.inf)
+
+
+def _best(logm_NV: Tensor, count: int) -> Tensor:
+    """[N, count]: the largest of each row, largest first."""
+    if logm_NV.device.type != "cpu":
+        return logm_NV.topk(count, dim=-1).values
+    best_NK = logm_NV.numpy()  # which has vector instructions for it: 512 of 4096 in 32 rows take 0.16 ms, by topk 1.7 ms
+    if count < best_NK.shape[-1]:
+        best_NK = np.partition(best_NK, -count, axis=-1)[:, -count:]
+    return torch.from_numpy(np.sort(best_NK, axis=-1)[:, ::-1].copy())
 
 
 def _last_of_nucleus(best_NK: Tensor, top_p: float) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_plugin.losses.probability import PROBABILITY_METRICS
-from megatron_plugin.trainer.metrics import read_metrics
+from megatron_plugin.report.lines import read_metrics
 
 __all__ = ["plot_curves", "plot_probabilities"]
 

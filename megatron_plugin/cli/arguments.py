@@ -1,0 +1,75 @@
+"""What the commands have in common: a parser that raises, types of arguments, and what is done before megatron-core is imported."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import NoReturn
+
+__all__ = ["Parser", "UsageError", "add_config", "before_megatron", "count", "existing_file", "int_variable", "whole"]
+
+USAGE_ERROR = 2
+
+
+class UsageError(Exception):
+    """The command line does not parse."""
+
+    exit_code = USAGE_ERROR
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that raises, so that a usage error under torchrun is printed by one rank like every other."""
+
+    def error(self, message: str) -> NoReturn:
+        _, stray, rest = message.partition("unrecognized arguments: ")
+        hint = "; overrides are written key=value without dashes, such as train.steps=20" if rest.startswith("-") else ""
+        if stray and "=" in rest and not hint:  # argparse takes all positional arguments in one go
+            hint = "; overrides stand together, before or behind all options"
+        raise UsageError(f"{message}{hint}\n{self.format_usage().rstrip()}")
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number above 0")
+    return int(text)
+
+
+def whole(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 0")
+    return int(text)
+
+
+def existing_file(name: str, what: str) -> Path:
+    if not Path(name).is_file():
+        from megatron_plugin.config import DataPathError
+
+        raise DataPathError(f"got {name!r}, expected {what} that exists, relative to {Path.cwd()}")
+    return Path(name)
+
+
+def before_megatron() -> None:
+    """Looks for packages that make importing megatron.core impossible, and quiets it: without Transformer Engine and apex it says so in a
+    dozen warnings per rank, on every start."""
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    from megatron_plugin.hooks.accelerators import check_accelerators
+
+    for line in check_accelerators():
+        if os.environ.get("RANK", "0") == "0":
+            print(f"megatron-plugin: {line}", file=sys.stderr)
+
+
+def int_variable(name: str, default: int) -> int:
+    value = os.environ.get(name, "") or str(default)
+    if not value.isdecimal():
+        raise UsageError(f"environment variable {name}: got {value!r}, expected a whole number (torchrun sets it)")
+    return int(value)
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/dft.yaml")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="dotted keys that replace values of the file: train.steps=20")

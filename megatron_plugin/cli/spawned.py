@@ -1,0 +1,34 @@
+"""A process that a library spawns (megatron-core, to pass checkpoint results) imports the command as __mp_main__: it must end with the one that spawned it.
+
+Nothing tells it when that one is killed, and torchrun ends only what it started."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+
+__all__ = ["end_with_parent", "is_spawned"]
+
+PERIOD_S = 0.5
+
+
+def is_spawned() -> bool:
+    """Whether multiprocessing started this process.  (pytest-xdist's workers have a module of that name too.)"""
+    if "__mp_main__" not in sys.modules:
+        return False
+    import multiprocessing
+
+    return multiprocessing.current_process().name != "MainProcess"
+
+
+def end_with_parent() -> None:
+    """End this process, from a thread, as soon as its parent is gone."""
+    threading.Thread(target=_watch, args=(os.getppid(),), name="end with parent", daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    never = threading.Event()
+    while os.getppid() == parent:
+        never.wait(PERIOD_S)
+    os._exit(0)

@@ -18,7 +18,7 @@ lint: setup
 	$(PY) -m ruff check .
 
 test-mutants: setup
-	$(PY) tests/mutants.py
+	$(PY) -m tests.mutants
 
 test-faults: setup
 	$(PY) -m tests.faults.run

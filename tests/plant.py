@@ -1,6 +1,6 @@
 """Plant one-line faults in a copy of the tree; the test named for each must fail.  A fault that survives is a hole in the suite.
 
-The faults are in mutants.py, which also starts this.
+The faults are in mutants/, which also starts this.
 """
 
 import os
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-KEEP = ("kernels", "csrc", "megatron_plugin", "tests", "examples", "benchmarks", "configs", "pyproject.toml", "README.md", "requirements", "docs")
+KEEP = ("kernels", "csrc", "megatron_plugin", "tests", "examples", "benchmarks", "configs", "pyproject.toml", "README.md", "SECURITY.md", "requirements", "docs")
 WORKERS = int(os.environ.get("MUTANT_WORKERS", "2"))
 TIMEOUT_S = 900
 
@@ -77,7 +77,7 @@ def write_table(mutants: list[Mutant], killers: dict[str, str]) -> None:
     """Rows of the faults that were run, over those of earlier runs; a fault that no longer exists leaves the table."""
     rows = dict(re.findall(r"^\| (.+?) \| \S+ \| `(.+?)` \|$", TABLE.read_text(), re.M)) if TABLE.exists() else {}
     rows |= {name: killer.split("[")[0] for name, killer in killers.items()}
-    lines = ["# Planted faults and the test that catches each", "", "Written by `tests/mutants.py`.", "", "| fault | planted in | killed by |", "|---|---|---|"]
+    lines = ["# Planted faults and the test that catches each", "", "Written by `make test-mutants`.", "", "| fault | planted in | killed by |", "|---|---|---|"]
     lines += [f"| {m.name} | {m.file} | `{rows.get(m.name, 'not run')}` |" for m in mutants]
     TABLE.write_text("\n".join(lines) + "\n")
 

@@ -1,4 +1,4 @@
-"""Faults of what arXiv 2602.12222 brought: cll and IDFT, `score`, hinted decoding, `realign`.  Rows of mutants.py."""
+"""Faults of what arXiv 2602.12222 brought: cll and IDFT, `score`, hinted decoding, `realign`.  Rows of `make test-mutants`."""
 
 from tests.plant import Mutant
 

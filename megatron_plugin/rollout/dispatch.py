@@ -15,7 +15,7 @@ import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +26,7 @@ from megatron_plugin.rollout.slots import Slot, backoff, cause_of, health_of, is
 __all__ = ["Books", "Call"]
 
 GRACE_S = 1.0  # after a deadline, for the engine's own error, which says more than "no answer"; at most a tenth of the deadline
-POLL_S = 0.5  # between looks at whether the fleet was closed, or `stop` says so
+POLL_S = 0.5  # between looks at whether the fleet was closed
 MAX_TRIES = 3  # engines that one request may see lost: a prompt that kills engines must not go through the whole fleet
 RETRIES = 5  # of what failed on the way to an engine that lives; a missed deadline counts twice, since it took the longest already
 
@@ -59,9 +59,8 @@ class _Attempt:
 class Call:
     """The requests of one `generate`, asked of `slots`, which have the same weights: of those among them that are HEALTHY."""
 
-    def __init__(self, books: Books, slots: Sequence[Slot], requests: Sequence[Request], stop: Callable[[], bool] | None = None):
+    def __init__(self, books: Books, slots: Sequence[Slot], requests: Sequence[Request]):
         self.books, self.slots, self.usable, self.begin = books, list(slots), list(slots), time.monotonic()
-        self.stop = stop or (lambda: False)
         self.pending = deque(requests)
         self.waiting: list[tuple[float, Request]] = []
         """(time.monotonic() from which it is asked again, request)"""
@@ -81,7 +80,7 @@ class Call:
             self.books.calls.add(self)
         try:
             self._give_out()
-            while (self.running or ((self.pending or self.waiting) and self.usable)) and not self._is_over():
+            while (self.running or ((self.pending or self.waiting) and self.usable)) and not self.books.closed:
                 self._wait()
                 self._look_around()
                 self._give_out()
@@ -99,13 +98,9 @@ class Call:
             self.result.late, self.books.late = self.books.late, 0
         return self.result
 
-    def _is_over(self) -> bool:
-        self.result.stopped = self.result.stopped or self.stop()
-        return self.books.closed or self.result.stopped
-
     def _give_out(self) -> None:
         """Pending requests to the least loaded HEALTHY engines, up to `concurrency` each."""
-        while self.pending and not self._is_over():
+        while self.pending and not self.books.closed:
             healthy = [slot for slot in self.usable if slot.state is Health.HEALTHY]
             if not healthy:
                 return
@@ -259,6 +254,4 @@ class Call:
     def _why_missing(self) -> str:
         if self.books.closed:
             return "the fleet was closed"
-        if self.result.stopped:
-            return "stopped"
         return "no engine is left to ask: " + "; ".join(f"{slot.engine.name}: {slot.cause or 'has no complete new weights'}" for slot in self.books.slots)

@@ -51,13 +51,12 @@ class Fleet:
         """Those that are not DEAD: an update goes to all of them."""
         return [slot.engine for slot in self._alive()]
 
-    def generate(self, requests: Iterable[Request], *, stop: Callable[[], bool] | None = None) -> Generated:
+    def generate(self, requests: Iterable[Request]) -> Generated:
         """Ask for every request, and wait until each is completed, refused or missing.
 
         Only HEALTHY engines with the newest weights among them are asked.  Waits no longer for any answer than timeout_s (and a tenth),
         and not at all when no engine is left.  May be called from any thread, by several at once: they share `concurrency`, and a call that
         finds every place taken waits for one.  WrongModelError is passed on; every other failure is in the result.
-        `stop` is asked twice a second; once it says yes, what is not answered is missing ("stopped"), within a second.
         """
         requests = list(requests)
         counts = Counter(request.key for request in requests)
@@ -66,7 +65,7 @@ class Fleet:
         if self._books.closed:
             raise ValueError("the fleet is closed: it generates nothing any more")
         already, suspected = set(self.dead()), self._suspected()
-        call = Call(self._books, self._usable(), requests, stop)
+        call = Call(self._books, self._usable(), requests)
         call.result.lost = {name: cause for name, cause in self.dead().items() if name not in already}
         generated = call.run()
         generated.suspected = self._suspected() - suspected
@@ -93,12 +92,11 @@ class Fleet:
             raise ValueError(f"got the engine '{name}', expected one of {', '.join(slot.engine.name for slot in self._slots)}")
         slot.lose(cause)
 
-    def restart_dead(self, *, stop: Callable[[], bool] | None = None) -> list[str]:
+    def restart_dead(self) -> list[str]:
         """Bring DEAD engines back, all at once; the names of those that are, STALE until an update has finished.
 
         An engine whose restart fails, or whose max_restarts are used up, stays DEAD, and the others go on without it.  While that leaves
         no engine at all it is tried again, and EngineLostError (exit code 5) names every cause once no restart is left.
-        `stop` is asked several times a second; once it says yes, those that are back are returned, and a restart under way is left to `close`.
         """
         back = []
         while dead := [slot for slot in self._slots if slot.cause is not None]:
@@ -106,7 +104,7 @@ class Fleet:
             if not able and len(dead) == len(self._slots):
                 causes = "; ".join(f"{slot.engine.name}: {slot.cause}" for slot in dead)
                 raise EngineLostError(f"no rollout engine is left, and each was restarted {self.max_restarts} times, as often as allowed: {causes}")
-            for slot, outcome in zip(able, each(able, lambda engine: engine.restart(), stop=stop), strict=True):
+            for slot, outcome in zip(able, each(able, lambda engine: engine.restart()), strict=True):
                 slot.restarts += 1
                 if isinstance(outcome, WrongModelError):
                     raise outcome
@@ -119,7 +117,7 @@ class Fleet:
                 for slot in able:
                     slot.engine.close()
                 raise EngineLostError("the fleet was closed while its engines were restarted")
-            if self._alive() or (stop is not None and stop()):
+            if self._alive():
                 break
         return back
 

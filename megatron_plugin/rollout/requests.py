@@ -27,11 +27,9 @@ class Generated:
     refused: dict[Hashable, str] = field(default_factory=dict)
     """Causes.  A healthy engine said no to this prompt, as to one that leaves no room, or failed at it six times: asking again would not help."""
     missing: dict[Hashable, str] = field(default_factory=dict)
-    """Causes.  No engine was left to ask: ask again after `restart_dead` and an update.  Or the call was told to stop."""
+    """Causes.  No engine was left to ask: ask again after `restart_dead` and an update."""
     lost: dict[str, str] = field(default_factory=dict)
     """Engines that were found DEAD by this call, with causes."""
-    stopped: bool = False
-    """Whether `stop` ended the call: what is missing was not asked, or not waited for."""
     suspected: int = 0
     """Times an engine became SUSPECT."""
     retried: int = 0

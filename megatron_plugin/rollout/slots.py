@@ -133,12 +133,9 @@ def probe(slots: Sequence[Slot]) -> None:
         slot.probed(said)
 
 
-def each(
-    slots: Sequence[Slot], act: Callable[[RolloutEngine], Any], limit_s: float | None = None, *, stop: Callable[[], bool] | None = None
-) -> list[Any]:
-    """act(engine) of all slots at once: what each returned or raised; EngineLostError for one that took longer than limit_s, or that was under way
-    when stop() became true."""
-    outcomes: list[Any] = [EngineLostError(f"no answer within {limit_s} s" if stop is None else "told to stop")] * len(slots)
+def each(slots: Sequence[Slot], act: Callable[[RolloutEngine], Any], limit_s: float | None = None) -> list[Any]:
+    """act(engine) of all slots at once: what each returned or raised; EngineLostError for one that took longer than limit_s."""
+    outcomes: list[Any] = [EngineLostError(f"no answer within {limit_s} s")] * len(slots)
 
     def run(index: int) -> None:
         try:
@@ -151,10 +148,7 @@ def each(
         thread.start()
     end = math.inf if limit_s is None else time.monotonic() + limit_s
     for thread in threads:
-        if stop is None:
-            thread.join(None if end == math.inf else max(0.0, end - time.monotonic()))
-        while stop is not None and thread.is_alive() and not stop():
-            thread.join(0.2)
+        thread.join(None if end == math.inf else max(0.0, end - time.monotonic()))
     return list(outcomes)
 
 

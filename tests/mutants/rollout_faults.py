@@ -13,7 +13,6 @@ MUTANTS = [
     Mutant("waits grow without end", R + "slots.py", "return min(LONGEST_S, ", "return min(1e9, ", f"{LOST} -k waits_double"),
     Mutant("what failed is asked again for ever", R + "dispatch.py", "        if self.failed[key] > RETRIES:\n", "        if False:\n", f"{LOST} -k on_the_way --timeout=60"),
     Mutant("what failed on the way is never asked again", R + "dispatch.py", "RETRIES = 5", "RETRIES = 0", f"{LOST} -k on_the_way"),
-    Mutant("a call that is told to stop goes on", R + "dispatch.py", "self.result.stopped = self.result.stopped or self.stop()", "self.result.stopped = False", f"{LOST} -k told_to_stop --timeout=60"),
     Mutant("what waits to be asked again is forgotten", R + "dispatch.py", "            self.pending.extend(request for _, request in self.waiting)\n", "", f"{LOST} -k wait_to_be_asked"),
     Mutant("a wrong number of completions is asked again", R + "vllm_answer.py", 'raise EngineError(f"{engine}: got completions numbered', 'raise EngineBusyError(f"{engine}: got completions numbered', f"{HTTP} -k that_are_none"),
     Mutant("a log-probability above 0 is taken", R + "vllm_answer.py", " and value <= ABOVE_0", "", f"{HTTP} -k that_are_none"),

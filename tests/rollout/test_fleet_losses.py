@@ -89,44 +89,13 @@ def test_an_engine_that_stays_silent_is_probed_and_then_dead(fleet_of):
     assert sorted(generated.missing) == ["k0", "k1", "k2"] and not generated.completions
 
 
-def test_told_to_stop(fleet_of):
-    """Within a second, with what there is; the engines are well and may be asked again."""
-    engine, stop = FakeEngine(faults={5: "late"}, delay_s=0.01), threading.Event()
-    fleet = fleet_of(engine, timeout_s=60, concurrency=1)
-    threading.Timer(0.4, stop.set).start()
-    begin = time.monotonic()
-    generated = fleet.generate(requests(50), stop=stop.is_set)
-    assert time.monotonic() - begin < 1.4 + SOON_S / 5 and generated.stopped and len(generated.completions) == 5
-    keys_once(generated, 50)
-    assert set(generated.missing.values()) == {"stopped"} and fleet.states() == {"fake": Health.HEALTHY}
-    engine.release.set()
-    again = fleet.generate(requests(50))
-    assert len(again.completions) == 50 and not again.stopped
-    assert fleet.generate(requests(3), stop=lambda: True).missing == dict.fromkeys(["k0", "k1", "k2"], "stopped")
-
-
-def test_told_to_stop_while_requests_wait_to_be_asked_again(fleet_of, monkeypatch):
-    fleet, stop = fleet_of(FakeEngine(faults={0: "busy", 1: "cut"})), threading.Event()
+def test_closed_while_requests_wait_to_be_asked_again(fleet_of, monkeypatch):
+    fleet = fleet_of(FakeEngine(faults={0: "busy", 1: "cut"}))
     monkeypatch.setattr(slots, "BACKOFF_S", 20.0)
-    threading.Timer(0.4, stop.set).start()
-    generated = fleet.generate(requests(5), stop=stop.is_set)
+    threading.Timer(0.4, fleet.close).start()
+    generated = fleet.generate(requests(5))
     keys_once(generated, 5)
-    assert len(generated.completions) == 3 and generated.stopped and set(generated.missing.values()) == {"stopped"}
-
-
-def test_told_to_stop_while_engines_are_restarted(fleet_of):
-    class Slow(FakeEngine):
-        def restart(self):
-            self.release.wait(60)
-            super().restart()
-
-    engine, stop = Slow(), threading.Event()
-    fleet = fleet_of(engine)
-    fleet.mark_lost(engine, "killed")
-    threading.Timer(0.2, stop.set).start()
-    begin = time.monotonic()
-    assert fleet.restart_dead(stop=stop.is_set) == [] and time.monotonic() - begin < 0.2 + SOON_S
-    assert fleet.states() == {"fake": Health.DEAD}
+    assert len(generated.completions) == 3 and set(generated.missing.values()) == {"the fleet was closed"}
 
 
 def test_a_late_answer_is_thrown_away_and_counted(fleet_of):

@@ -42,7 +42,7 @@ demo-realign: setup
 	$(PY) examples/demo_realign.py
 
 dynamics: setup
-	for study in chord_entropy dft_generalise chord_shift realign srft_stages page; do $(PY) -m benchmarks.dynamics.$$study || exit 1; done
+	for study in chord_entropy dft_generalise chord_shift chord_shift_far realign srft_stages page; do $(PY) -m benchmarks.dynamics.$$study || exit 1; done
 
 clean:
 	rm -rf .venv build dist *.egg-info

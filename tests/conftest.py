@@ -25,6 +25,17 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture(scope="session")
+def vllm():
+    """Its version; tests that need it are skipped without one."""
+    from megatron_plugin.rollout.vllm_versions import installed_vllm
+
+    version = installed_vllm()
+    if version is None:
+        pytest.skip("no vLLM in this environment")
+    return version
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(20260822)

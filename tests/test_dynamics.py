@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.dynamics import chord_entropy, chord_shift, columns, dft_generalise, page, realign, srft_stages, study
+from benchmarks.dynamics import chord_entropy, chord_shift, chord_shift_far, columns, dft_generalise, page, realign, srft_stages, study
 from benchmarks.dynamics.learn import Part, Trainer, demonstrations, evaluate, joined, passes, rollouts
 from benchmarks.dynamics.model import Size, TinyLlama, draw
 from megatron_plugin import TokenInputs, TokenStats, bind
 from megatron_plugin.losses.srft import srft
 
-STUDIES = (chord_entropy.STUDY, chord_shift.STUDY, dft_generalise.STUDY, srft_stages.STUDY, realign.STUDY)
+STUDIES = (chord_entropy.STUDY, chord_shift.STUDY, chord_shift_far.STUDY, dft_generalise.STUDY, srft_stages.STUDY, realign.STUDY)
 TINY_SIZE = Size(columns.VOCABULARY, width=16, layers=2, heads=2, inner=32)
 
 

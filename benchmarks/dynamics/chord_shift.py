@@ -1,13 +1,15 @@
 """b. CHORD, Fig. 4: SFT shifts the policy away, RL brings it back; mixing is to smooth that (arXiv 2508.11408).
 
-    python -m benchmarks.dynamics.chord_shift
+    python -m benchmarks.dynamics.chord_shift              # an expert near to the model
+    python -m benchmarks.dynamics.chord_shift_far          # the same, an expert far from it
 
-From one base model, on demonstrations of another style (the long one, before three columns of ten a letter that the base has never seen):
+From one base model, on demonstrations of another style (the long one, before a column now and then a letter that the base has never seen:
+one in ten near, three in ten far).  Steps, near | far::
     sft            SFT alone, for a long time: the paper's shift - readapt - overfit
-    sft_then_rl    20 steps of SFT, then 40 of GRPO
-    chord_mu       GRPO mixed with SFT whose share mu falls from 0.5 to 0.02 over 20 of 40 steps
-    chord_phi      GRPO mixed with p(1 - p)-weighted SFT, mu = 0.5 for all of 40 steps
-    rl             40 steps of GRPO: the control
+    sft_then_rl    16 | 20 steps of SFT (of 32 | 64 rows), then 32 | 40 of GRPO
+    chord_mu       GRPO mixed with SFT whose share mu falls from 0.5 to 0.02 over the first half of 32 | 40 steps
+    chord_phi      GRPO mixed with p(1 - p)-weighted SFT, mu = 0.5 for all of 32 | 40 steps
+    rl             32 | 40 steps of GRPO: the control
 
 Rule, over seeds; reward: share of 200 held-out additions that one sampled answer solves:
     shift         reward of the base - the lowest of `sft`, both along one run
@@ -90,7 +92,7 @@ def figure(canvas, found: Found) -> None:
 
 
 STUDY = Study(
-    "chord_shift", "b. CHORD Fig. 4: SFT then RL, and mixtures", SETTINGS, TINY, ARMS, run, claims,
+    "chord_shift", "b. CHORD Fig. 4: SFT then RL, and mixtures; an expert near to the model", SETTINGS, TINY, ARMS, run, claims,
     {"reward": "held out", "greedy": "greedy", "minus": "subtraction", "lowest": "lowest on the way", "entropy": "entropy", "length": "tokens",
      "letters": "letters", "nll": "NLL of demonstrations"},
     figure, control="`rl`: no demonstrations",

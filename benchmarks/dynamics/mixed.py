@@ -26,17 +26,17 @@ __all__ = ["MixedSettings", "TINY", "Way", "learn"]
 
 @dataclass(frozen=True)
 class MixedSettings:
-    filler: float = 0.3
+    filler: float = 0.1
     demos: int = 200
-    prompts: int = 16
+    prompts: int = 12
     expert_batch: int = 32
-    sft_batch: int = 64
-    sft_first: int = 20
+    sft_batch: int = 32
+    sft_first: int = 16
     """Supervised steps of the arm that does SFT before RL."""
-    steps: int = 40
-    sft_alone: int = 160
+    steps: int = 32
+    sft_alone: int = 192
     """Steps of the arm that does nothing else."""
-    decay: int = 20
+    decay: int = 16
     mu_peak: float = 0.5
     mu_valley: float = 0.02
     mu_phi: float = 0.5
@@ -45,7 +45,7 @@ class MixedSettings:
     """Of the arm that does nothing else: it is to overfit."""
     warm_up: int = 5
     evaluated: int = 200
-    every: int = 5
+    every: int = 8
     base_steps: int = STEPS
     size: Size | None = None
 

@@ -15,7 +15,7 @@ from benchmarks.dynamics.study import formatted
 
 __all__ = ["section", "write"]
 
-ORDER = ("chord-entropy", "chord-shift", "dft-generalise", "srft-stages", "realign")
+ORDER = ("chord-entropy", "chord-shift", "chord-shift-far", "dft-generalise", "srft-stages", "realign")
 PAGE = ROOT / "docs" / "replication.md"
 START, END = "<!-- results: written by benchmarks/dynamics/page.py -->", "<!-- end of results -->"
 
@@ -40,7 +40,7 @@ def section(document: dict[str, Any], picture: str = "") -> str:
     if picture:
         lines += [f"![{document['title']}]({picture})", ""]
     state = ", uncommitted changes" if header["dirty"] else ""
-    lines += [f"`{header['command']}`: seeds {', '.join(map(str, document['seeds']))}, {document['seconds']:.0f} s of one core "
+    lines += [f"`{header['command']} --seeds {' '.join(map(str, document['seeds']))}`: {document['seconds']:.0f} s of one core "
               f"({header['cpu'].split('(')[0].strip()}), commit {header['commit']}{state}, {header['date']}.", ""]  # fmt: skip
     return "\n".join(lines)
 

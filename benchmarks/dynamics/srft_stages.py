@@ -7,9 +7,9 @@
     w_sft_one        the weight of demonstrations is 1, the paper's ablation            w_rl_one    that of right answers is 1
     same_minus, same_plus   e^(-H) and e^(+H), each scaled in every step so that the mean weight of demonstrations is 0.4: the sign alone, where
                      srft against srft_plus changes the strength of SFT, too
-    rl               the control: no demonstrations                                     sft_then_rl 20 steps of SFT before it
+    rl               the control: no demonstrations                                     sft_then_rl 16 steps of SFT before it
 
-All draw 16 x 8 answers in each of 40 steps; SRFT's questions are those of its demonstrations (one joins each group), the others' are new.
+All draw 12 x 8 answers in each of 32 steps; SRFT's questions are those of its demonstrations (one joins each group), the others' are new.
 
 Rule, over seeds; reward: share of 200 held-out additions that one sampled answer solves, at the end:
     single stage    srft - sft_then_rl;  srft - rl;  sft_then_rl - rl           (the paper: 59.5, 52.5, 49.4)

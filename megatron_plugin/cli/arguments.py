@@ -9,6 +9,8 @@ import warnings
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_plugin.cli.spawned import end_with_parent
+
 __all__ = ["Parser", "UsageError", "add_config", "before_megatron", "count", "existing_file", "int_variable", "whole"]
 
 USAGE_ERROR = 2
@@ -52,8 +54,10 @@ def existing_file(name: str, what: str) -> Path:
 
 
 def before_megatron() -> None:
-    """Looks for packages that make importing megatron.core impossible, and quiets it: without Transformer Engine and apex it says so in a
-    dozen warnings per rank, on every start."""
+    """Ties this rank to its torchrun, looks for packages that make importing megatron.core impossible, and quiets it: without Transformer Engine
+    and apex it says so in a dozen warnings per rank, on every start."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
     warnings.filterwarnings("ignore", module=r"megatron\.core")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     from megatron_plugin.hooks.accelerators import check_accelerators

@@ -1,6 +1,7 @@
-"""A process that a library spawns (megatron-core, to pass checkpoint results) imports the command as __mp_main__: it must end with the one that spawned it.
+"""A process ends with the one that started it, also where that is killed: nothing tells it then.
 
-Nothing tells it when that one is killed, and torchrun ends only what it started."""
+A rank, in a session of its own, would go on training without its torchrun (seen with kill -9); a process that a library spawns (megatron-core, to
+pass checkpoint results), which imports the command as __mp_main__, would wait for ever."""
 
 from __future__ import annotations
 

@@ -43,9 +43,12 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """Of the checkout that this package is in; "" for an installed one."""
+    """Of the checkout that this package is in; "" for an installed one, and where git cannot say."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return ""
-    found = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10)
+    try:
+        found = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return ""
     return found.stdout.strip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -9,12 +10,10 @@ __all__ = ["read_metrics"]
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl; a last line cut off by a kill is left out."""
+    """The lines of metrics.jsonl; one cut off by a kill, or otherwise damaged, is left out."""
     lines = []
     path = Path(run_dir) / "metrics.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
             lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]

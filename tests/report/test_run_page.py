@@ -65,3 +65,9 @@ def test_in_a_browser(tmp_path):
 
     pixels = matplotlib.image.imread(shot)
     assert pixels.shape[:2] == (900, 1200) and len({tuple(p) for p in pixels.reshape(-1, pixels.shape[-1])[::97].round(2).tolist()}) > 20, "blank"
+
+
+def test_an_environment_without_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    write_environment(tmp_path, ranks=1)
+    assert "commit" not in read_environment(tmp_path) and read_environment(tmp_path)["ranks"] == "1"

@@ -7,7 +7,6 @@ import pytest
 from megatron_plugin.rollout import slots
 from megatron_plugin.rollout.fleet import Fleet
 from megatron_plugin.rollout.rewards import make_reward
-from megatron_plugin.rollout.vllm_versions import installed_vllm
 from tests.rollout.fake_engine import TIMEOUT_S
 
 SHARED = Path("/dev/shm")
@@ -16,15 +15,6 @@ SHARED = Path("/dev/shm")
 def shared_files() -> set[str]:
     """Ours and vLLM's in shared memory."""
     return {p.name for p in SHARED.iterdir() if p.name.startswith(("megatron-plugin-", "psm_"))}
-
-
-@pytest.fixture(scope="session")
-def vllm():
-    """Its version; tests that need it are skipped without one."""
-    version = installed_vllm()
-    if version is None:
-        pytest.skip("no vLLM in this environment")
-    return version
 
 
 @pytest.fixture

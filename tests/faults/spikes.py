@@ -8,7 +8,7 @@ from tests.faults.problems import small_run
 from tests.faults.promises import Case
 
 PROMISE = "a loss above 10 times the median of the last 100 is marked, with its samples: 0 of 1,000 sound steps, 20 of 20 planted ones; skipped if so configured"
-SCALE = 60.0
+SCALE = 1000.0
 """Factor of the logits in a planted step: of a model that has learnt something, the NLL is then far above ten times the median."""
 
 

@@ -45,6 +45,15 @@ def trainer(monkeypatch):
     return module
 
 
+class StoppedError(Exception):
+    """As trainer/signals.py has it."""
+
+    exit_code = 143
+
+    def __str__(self):
+        return "step 5 of 9 is saved"
+
+
 class Exited(BaseException):
     """What os._exit becomes in these tests."""
 
@@ -226,6 +235,16 @@ def test_the_first_rank_of_another_node_is_the_first_to_speak_there(rank, traine
     assert waited == [cli.WAIT_LOCAL_ZERO] and cli.WAIT_LOCAL_ZERO < cli.WAIT_OTHERS
 
 
+def test_a_rank_that_was_stopped_waits_for_nobody(rank, capsys, trainer):
+    """Of the seconds between a signal and the end of the job none are spent here."""
+    trainer.error = StoppedError()
+    for number, said in ((3, ""), (0, "megatron-plugin: step 5 of 9 is saved\n")):
+        _, waited = rank(number)
+        with pytest.raises(Exited, match="143"):
+            cli.main(["train", DEBUG])
+        assert waited == [] and capsys.readouterr().err == said
+
+
 def test_the_first_crash_is_told_and_later_ones_are_a_line(rank, capsys, trainer):
     trainer.error = RuntimeError("the cause")
     first, waited = rank(1)
@@ -294,3 +313,30 @@ def test_a_mistake_is_told_once_and_again_at_the_end():
     assert text.count("\nmegatron-plugin: error: command line: train.lrr") + text.startswith("megatron-plugin: error") == 1
     last = text.partition("Root Cause (first observed failure)")[2]
     assert "exitcode  : 2" in last and "did you mean 'train.lr'?" in last
+
+
+def test_an_abbreviation_is_refused(capsys):
+    assert cli.main(["realign", "x.jsonl", "hf", "--max-token", "64"]) == 2
+    assert "--max-token" in capsys.readouterr().err
+
+
+def test_what_multiprocessing_spawns_of_the_command_ends_with_it(tmp_path):
+    """megatron-core's checkpoint writers keep such a process; nothing tells it that the command was killed.  Started by name, as torchrun does."""
+    (tmp_path / "spawning.py").write_text(
+        "import multiprocessing, os, runpy, signal, sys, types\n"
+        "loop = types.ModuleType('megatron_plugin.trainer.loop')\n"
+        "def train(config):\n"
+        "    queue = multiprocessing.get_context('spawn').Manager().Queue()\n"
+        "    open('child', 'w').write(str(multiprocessing.active_children()[0].pid))\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "loop.train = train\n"
+        "sys.modules[loop.__name__] = loop\n"
+        f"sys.argv = ['x', 'train', {DEBUG!r}]\n"
+        "runpy.run_module('megatron_plugin.cli', run_name='__main__', alter_sys=True)\n"
+    )
+    done = subprocess.run([sys.executable, "spawning.py"], cwd=tmp_path, env=NOT_RANK | {"PYTHONPATH": str(ROOT)}, capture_output=True, timeout=120)
+    assert done.returncode == -9, done.stderr.decode()[-2000:]
+    child, deadline = Path("/proc", (tmp_path / "child").read_text()), time.monotonic() + 20
+    while child.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not child.exists()

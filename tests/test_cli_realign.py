@@ -43,7 +43,7 @@ def test_what_is_handed_on(calls):
 
 @pytest.mark.parametrize("arguments, code, message", [
     (["nowhere.jsonl", "hf"], 4, "got 'nowhere.jsonl', expected a jsonl file that exists"),
-    (["x.jsonl", "nowhere"], 4, "expected a Hugging Face directory with a config.json that exists"),
+    (["x.jsonl", "nowhere"], 3, "export RUN_DIR DIR makes one of a run"),
     (["x.jsonl"], 2, "required: MODEL_DIR"),
     (["x.jsonl", "hf", "--samples", "0"], 2, "got '0', expected a whole number above 0"),
     (["x.jsonl", "hf", "--unaided", "-1"], 2, "expected a whole number of at least 0"),

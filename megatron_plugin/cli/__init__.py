@@ -21,6 +21,7 @@ from pathlib import Path
 
 from megatron_plugin.cli.commands import parser
 from megatron_plugin.cli.spawned import end_with_parent, is_spawned
+from megatron_plugin.trainer.lost_peer import is_lost_peer
 
 __all__ = ["main"]
 
@@ -31,10 +32,8 @@ if is_spawned():  # by the console script; with -m it is __main__.py
 # has spoken and exited; if not, the error is this rank's alone, or this is another node.  With the 30 s torchrun gives the ranks it ends,
 # that stays below a minute.
 WAIT_LOCAL_ZERO, WAIT_OTHERS = 5.0, 10.0
-WAIT_LOST_PEER = 3.0
+WAIT_LOST_PEER = 3.0  # its cause may be about to be reported
 STOPPED = (130, 143)
-# What gloo, NCCL and the store say when another rank is gone: consequences, whose cause may be about to be reported.
-LOST_PEER = ("closed by peer", "reset by peer", "Broken pipe", "NCCL", "DistBackendError", "DistNetworkError", "gloo/")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,7 +84,7 @@ def _is_first(expected: bool, error: BaseException) -> bool:
     """Whether this rank is the one that speaks; waits where another is likelier to know more."""
     if expected and os.environ["RANK"] != "0":
         time.sleep(WAIT_LOCAL_ZERO if os.environ.get("LOCAL_RANK") == "0" else WAIT_OTHERS)
-    elif not expected and any(sign in f"{type(error).__name__}: {error}" for sign in LOST_PEER):
+    elif not expected and is_lost_peer(error):
         time.sleep(WAIT_LOST_PEER)
     own = os.environ.get("TORCHELASTIC_ERROR_FILE")
     return not own or not any(path != Path(own) for path in Path(own).parent.parent.glob("*/error.json"))

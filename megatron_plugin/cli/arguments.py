@@ -23,7 +23,11 @@ class UsageError(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that raises, so that a usage error under torchrun is printed by one rank like every other."""
+    """argparse that raises, so that a usage error under torchrun is printed by one rank like every other, and takes no abbreviations: an option
+    that comes later could make one of them mean something else."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         _, stray, rest = message.partition("unrecognized arguments: ")

@@ -7,7 +7,13 @@ from pathlib import Path
 
 from megatron_plugin.cli.arguments import UsageError, before_megatron, count, existing_file, int_variable, whole
 
-__all__ = ["add_doctor", "add_eval", "add_realign", "add_score"]
+__all__ = ["NoModelError", "add_doctor", "add_eval", "add_realign", "add_score"]
+
+
+class NoModelError(Exception):
+    """There is no model where one was named."""
+
+    exit_code = 3
 
 
 def add_score(commands) -> None:
@@ -17,7 +23,7 @@ def add_score(commands) -> None:
     score.add_argument("data", metavar="DATA", help="jsonl, as for training")
     score.add_argument("model", metavar="RUN_OR_CHECKPOINT", help="a run directory, or one of its checkpoints/step_*; with --url the served HF directory")
     score.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="parallel.tensor=2, ...: the layout; data.seq_length=N: longer samples are cut")
-    score.add_argument("--out", metavar="DIR", help="for scores.jsonl, report.md and cll.png; default: scores/<name of DATA>")
+    score.add_argument("--out", metavar="DIR", help="for scores.jsonl, report.html and cll.png; default: scores/<name of DATA>")
     score.add_argument("--samples", type=count, default=0, metavar="N", help="only the first N lines; default: all")
     score.add_argument("--worst", type=count, default=20, metavar="N", help="samples shown in the report (%(default)s)")
     score.add_argument("--rows", type=count, default=8, metavar="N", help="rows of one forward pass and rank (%(default)s)")
@@ -103,7 +109,8 @@ def _realign(arguments: argparse.Namespace) -> None:
     names = ("samples", "reward", "unaided", "beta", "temperature", "max_tokens", "splitter", "concurrency", "context", "memory", "tensor", "seed")
     given = {name: getattr(arguments, name) for name in names}
     data = existing_file(arguments.data, "a jsonl file")
-    existing_file(str(Path(arguments.model) / "config.json"), "a Hugging Face directory with a config.json")
+    if not (Path(arguments.model) / "config.json").is_file():
+        raise NoModelError(f"got {arguments.model}, expected a Hugging Face directory with a config.json; megatron-plugin export RUN_DIR DIR makes one of a run")
     if arguments.analysis_prompt:
         given["analysis_prompt"] = existing_file(arguments.analysis_prompt, "a text file").read_text("utf-8").strip()
     from megatron_plugin.trainer.realigning import RealignTask, realign_file

@@ -41,6 +41,9 @@ def check_rollout(config: Config) -> Iterator[ConfigError]:
     if config.checkpoint.interval % rollout.updates:
         yield _wrong(config, "checkpoint.interval", f"got {config.checkpoint.interval}, expected a multiple of rollout.updates ({rollout.updates}): a run cannot be "
               "resumed between the updates of one rollout batch")  # fmt: skip
+    if config.checkpoint.best and config.train.eval_interval % rollout.updates:
+        yield _wrong(config, "train.eval_interval", f"got {config.train.eval_interval}, expected a multiple of rollout.updates ({rollout.updates}) beside "
+              "checkpoint.best: it saves after an evaluation, and a run cannot be resumed between the updates of one rollout batch")  # fmt: skip
     if rollout.advantage_scale == "group" and rollout.n == 1:
         yield _wrong(config, "rollout.n", "got 1, expected at least 2: a group of one has no advantage; or set rollout.advantage_scale=none or batch")
 

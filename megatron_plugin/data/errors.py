@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["BadLines", "DataError"]
+__all__ = ["BadLines", "DataError", "some_of"]
 
 SHOWN = 20  # collected before an error stops the scan: enough to see a pattern, few enough to read
 
@@ -25,6 +26,11 @@ class DataError(ValueError):
     def kind(self) -> str:
         """The reason without what is this line's own, to count by: "messages[N].role is wrong"."""
         return re.sub(r"\d+", "N", self.reason.partition(" (")[0].partition(": ")[0].partition(", expected")[0])
+
+
+def some_of(values: Sequence[object], most: int = 8) -> str:
+    """The first `most`, and how many more there are."""
+    return ", ".join(map(str, values[:most])) + (f" and {len(values) - most} more" if len(values) > most else "")
 
 
 @dataclass

@@ -60,7 +60,7 @@ class Call:
     """The requests of one `generate`, asked of `slots`, which have the same weights: of those among them that are HEALTHY."""
 
     def __init__(self, books: Books, slots: Sequence[Slot], requests: Sequence[Request]):
-        self.books, self.slots, self.usable, self.begin = books, list(slots), list(slots), time.monotonic()
+        self.books, self.slots, self.usable = books, list(slots), list(slots)
         self.pending = deque(requests)
         self.waiting: list[tuple[float, Request]] = []
         """(time.monotonic() from which it is asked again, request)"""
@@ -93,7 +93,6 @@ class Call:
         for request in self.pending:
             self.result.missing[request.key] = self._why_missing()
         self.result.lost |= {slot.engine.name: slot.cause for slot in self.slots if slot.cause is not None and slot.engine.name not in self.result.lost}
-        self.result.seconds = time.monotonic() - self.begin
         with self.books.lock:
             self.result.late, self.books.late = self.books.late, 0
         return self.result
@@ -184,7 +183,6 @@ class Call:
             return self._lose(slot, fault)
         else:
             result.completions[key] = list(outcome)
-            result.empty += sum(not completion.token_ids for completion in outcome)
             result.tokens += sum(len(completion.token_ids) for completion in outcome)
             slot.overdue.clear()
         self._give_up([attempt])

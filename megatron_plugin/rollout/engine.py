@@ -36,6 +36,8 @@ class SamplingParams:
     """The same seed, prompt, weights and n give the same tokens; the n completions differ from each other."""
     stop_token_ids: tuple[int, ...] = ()
     """Ends beside the tokenizer's own."""
+    vocab_size: int | None = None
+    """Ids of the tokenizer, where the model has padding behind them: an answer with such an id is refused.  None: all of the model's are taken."""
 
 
 @dataclass(frozen=True)

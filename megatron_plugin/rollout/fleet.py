@@ -122,17 +122,11 @@ class Fleet:
         return back
 
     def sleep(self, level: int = 1) -> None:
-        """All engines that are not DEAD, at once; so do wake, pause and resume.  One that is lost over it is marked, any other error is raised."""
+        """All engines that are not DEAD, at once; so does wake.  One that is lost over it is marked, any other error is raised."""
         self._all(lambda engine: engine.sleep(level))
 
     def wake(self) -> None:
         self._all(lambda engine: engine.wake())
-
-    def pause(self) -> None:
-        self._all(lambda engine: engine.pause())
-
-    def resume(self) -> None:
-        self._all(lambda engine: engine.resume())
 
     def close(self) -> dict[str, str]:
         """Release every engine, once; the causes, by name, of those that could not be.  A running `generate` ends with what it has.

@@ -11,16 +11,18 @@ a torn last line, which the next start drops.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RolloutLine", "RolloutLog", "cut_rollouts", "read_rollouts"]
+__all__ = ["RolloutLine", "RolloutLog", "append_whole", "cut_rollouts", "read_rollouts"]
 
 FILES = re.compile(r"rollouts(?:\.(\d+))?\.jsonl")
 
@@ -53,14 +55,24 @@ class RolloutLog:
         self._file = open(self.path, "ab", buffering=0)
 
     def add(self, lines: Iterable[RolloutLine]) -> None:
-        """Write them, in one piece."""
+        """Write them, in one piece.  OSError: none of them."""
         text = "".join(json.dumps({name: _plain(value) for name, value in asdict(line).items()}, allow_nan=False) + "\n" for line in lines)
-        rest = memoryview(text.encode("ascii"))
-        while rest:  # an unbuffered write may take only a part, of more than 2 GiB or on a disk that fills up
-            rest = rest[self._file.write(rest) :]
+        append_whole(self._file, text.encode("ascii"))
 
     def close(self) -> None:
         self._file.close()
+
+
+def append_whole(file: RawIOBase, data: bytes) -> None:
+    """All of `data` behind what `file`, opened with "ab" and buffering=0, holds; where it refuses, nothing of it, and OSError."""
+    before, rest = file.seek(0, os.SEEK_END), memoryview(data)
+    try:
+        while rest:  # an unbuffered write may take only a part, of more than 2 GiB or on a disk that fills up
+            rest = rest[file.write(rest) :]
+    except OSError:
+        with contextlib.suppress(OSError):
+            file.truncate(before)
+        raise
 
 
 def cut_rollouts(run_dir: str | Path, *, resumed_at: int, first: int = 0) -> int:

@@ -36,7 +36,4 @@ class Generated:
     """Times a request was taken from a lost engine, to be asked elsewhere, or is asked again after it failed."""
     late: int = 0
     """Answers thrown away because their engine had been given up, since the last call's result."""
-    empty: int = 0
-    """Completions without a token.  They are kept."""
     tokens: int = 0
-    seconds: float = 0.0

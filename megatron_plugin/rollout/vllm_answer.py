@@ -48,9 +48,10 @@ def completion_of(choice: Mapping[str, Any], params: SamplingParams, *, version:
             f"{engine}: got a completion of weight version(s) {', '.join(sorted(map(str, versions))) or 'unknown'}, expected {version} alone: "
             "was the server restarted, or is it updated by someone else, too?"
         )
+    vocab_size = min(vocab_size, params.vocab_size or vocab_size)
     stray = next((token for token in token_ids if type(token) is not int or not 0 <= token < vocab_size), None)
     if stray is not None:
-        raise EngineError(f"{engine}: got token {stray!r} in a completion, expected ids in [0, {vocab_size}): does it serve another model?")
+        raise EngineError(f"{engine}: got token {stray!r} in a completion, expected ids in [0, {vocab_size}): padding of the vocabulary, or another model?")
     if len(token_ids) > params.max_tokens:
         raise EngineError(f"{engine}: got a completion of {len(token_ids)} tokens, expected at most {params.max_tokens}")
     if len(logprobs) != len(token_ids) or not all(_is_logp(logp) for logp in logprobs):

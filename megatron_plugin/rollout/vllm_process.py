@@ -9,6 +9,7 @@ vLLM's routes for weight updates ask for no key, so whoever reaches the port own
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ipaddress
 import json
 import logging
@@ -34,7 +35,7 @@ from megatron_plugin.rollout.vllm_model import check_cpu_heads, read_config
 from megatron_plugin.rollout.vllm_versions import BACKENDS, check_vllm
 from megatron_plugin.rollout.watchdog import OWNER
 
-__all__ = ["EngineOptions", "ServerProcess", "server_command", "server_environment", "start_server"]
+__all__ = ["EngineOptions", "ServerProcess", "is_loopback", "server_command", "server_environment", "start_server"]
 
 logger = logging.getLogger("megatron_plugin")
 FORBIDDEN = "VLLM_ALLOW_INSECURE_SERIALIZATION"  # pickle from whoever reaches the port
@@ -90,7 +91,7 @@ class EngineOptions:
 
 def server_command(options: EngineOptions, host: str, port: int, *, allow_public: bool = False) -> list[str]:
     """Command line of vLLM's server.  ValueError for a host that others can reach unless `allow_public`."""
-    if not allow_public and not _is_loopback(host):
+    if not allow_public and not is_loopback(host):
         raise ValueError(
             f"host={host!r} can be reached from other machines, and vLLM's routes for weight updates ask for no key: expected 127.0.0.1, "
             "or an explicit permission (--public; allow_public=True) on a network that you trust"
@@ -264,7 +265,8 @@ def answers(url: str, timeout_s: float = 2.0) -> bool:
         return False
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether `host`, a name or an address, is this machine whoever is asked."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:  # a name, which may be anybody's: 127.example.org
@@ -293,7 +295,5 @@ def _is_resource_tracker(pid: int) -> bool:
 
 
 def _kill(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass

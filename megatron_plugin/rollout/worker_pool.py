@@ -10,6 +10,7 @@ see the environment either, where keys are.  This is a fence against accidents, 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -164,7 +165,8 @@ class _Worker:
             os.killpg(process.pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
         except ProcessLookupError:
             pass
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # a question that found it dead is in the buffer still; the pipe is closed all the same
+            process.stdin.close()
         process.stdout.close()
         return process.wait()
 

@@ -5,6 +5,7 @@ n: answers drawn per question; c: those of them that are right.
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections import Counter
@@ -14,7 +15,7 @@ from typing import Any
 
 from megatron_plugin.report.page import cell, quoted
 
-__all__ = ["Answers", "answers_page", "pass_at_k", "summed_up"]
+__all__ = ["Answers", "answers_page", "numbers_json", "pass_at_k", "summed_up"]
 
 SHOWN = 5
 LONGEST = 4000  # characters of an answer that are shown
@@ -77,6 +78,12 @@ def _powers(n: int) -> list[int]:
 def _mean(values: Sequence[float]) -> tuple[float, float]:
     spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return statistics.fmean(values), spread
+
+
+def numbers_json(numbers: Mapping[str, Sequence[float | None]]) -> str:
+    """numbers.json.  What is not finite is null: JSON has no NaN, which the standard error of a single question is."""
+    plain = {name: [x if x is not None and math.isfinite(x) else None for x in values] for name, values in numbers.items()}
+    return json.dumps(plain, indent=1, allow_nan=False) + "\n"
 
 
 def answers_page(found: Answers) -> list[str]:

@@ -14,7 +14,7 @@ import contextlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from megatron_plugin.hooks import dist_checkpoint
 from megatron_plugin.hooks.checkpoint_pickles import check_pickles
 from megatron_plugin.trainer.manifest import MANIFEST, damage, exchange
 
-__all__ = ["CheckpointError", "candidates", "find_checkpoint", "load_checkpoint", "newest", "read_state", "set_aside", "usable"]
+__all__ = ["CheckpointError", "candidates", "find_checkpoint", "load_checkpoint", "newest", "read_state", "usable"]
 
 log = logging.getLogger("megatron_plugin")
 STATE, LATEST = "train_state.json", "latest"
@@ -82,29 +82,32 @@ def _is_checkpoint(path: Path) -> bool:
     return path.is_dir() and (NAME.fullmatch(path.name) is not None or (path / STATE).is_file())
 
 
-def usable(path: str | Path) -> Path:
+def usable(path: str | Path, *, rename: bool = False) -> Path:
     """The checkpoint `path`, or the newest of that run directory whose every byte is as it was written; collective.
 
-    Those that are passed over are named in the log.  CheckpointError when none is left."""
+    Those that are passed over are named in the log and, with `rename`, become step_*.damaged; not one that could only not be read this time.
+    CheckpointError when none is left, NewerFormatError at one that another version has written."""
     first = find_checkpoint(path)
     offered = exchange([first] if first == Path(path) else candidates(path))[0]
-    problems = []
+    problems, lasting = [], []
     for checkpoint in offered:
         problem = damage(checkpoint)
         if problem is None:
+            if rename:
+                _set_aside(lasting)
             return checkpoint
-        problems.append(problem)
+        problems.append(problem.what)
+        lasting += [checkpoint] if problem.lasting else []
         if checkpoint != offered[-1] and dist.get_rank() == 0:
-            log.warning("checkpoint %s cannot be used, the one before it is tried: %s", checkpoint.name, problem)
+            log.warning("checkpoint %s cannot be used, the one before it is tried: %s", checkpoint.name, problem.what)
     raise CheckpointError(f"none of {len(offered)} checkpoints can be used: {'; '.join(problems)}; restore that file from a copy, or start from another "
                           "checkpoint (checkpoint.resume=PATH or checkpoint.init=PATH) or anew in another run_dir")  # fmt: skip
 
 
-def set_aside(run_dir: str | Path, used: Path) -> None:
-    """Rename what was passed over before `used` was found to step_*.damaged, so that it is neither tried nor counted again; collective."""
+def _set_aside(damaged: Sequence[Path]) -> None:
+    """Rename them to step_*.damaged, so that they are neither tried nor counted again; collective."""
     if dist.get_rank() == 0:
-        offered = candidates(run_dir)
-        for checkpoint in offered[: offered.index(used)] if used in offered else []:
+        for checkpoint in damaged:
             aside, n = checkpoint.with_suffix(".damaged"), 1
             while aside.exists():
                 aside, n = checkpoint.with_suffix(f".damaged-{n}"), n + 1
@@ -131,7 +134,7 @@ def load_checkpoint(checkpoint: Path, chunks: list, optimizer=None, *, verified:
     for such an optimizer; before any weight is changed in the first two cases."""
     if not verified and (problem := damage(checkpoint)):
         others = [p.name for p in candidates(checkpoint.parent.parent) if p != checkpoint]
-        raise CheckpointError(f"{problem}: the checkpoint is damaged and nothing of it was loaded; {f'there is also {others[0]}' if others else 'use another'}")
+        raise CheckpointError(f"{problem.what}: the checkpoint is damaged and nothing of it was loaded; {f'there is also {others[0]}' if others else 'use another'}")
     _refuse_code(checkpoint)
     state = read_state(checkpoint)
     with _as_checkpoint_error(f"{checkpoint}: does not fit this model"):

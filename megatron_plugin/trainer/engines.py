@@ -20,8 +20,9 @@ from megatron_plugin.rollout.serve import ENGINE_DTYPES, engine_options
 from megatron_plugin.rollout.transfer import TRANSPORTS, Transport
 from megatron_plugin.rollout.vllm_http import connect_engine, start_engine
 from megatron_plugin.rollout.vllm_model import describe_model
-from megatron_plugin.rollout.vllm_process import EngineOptions
+from megatron_plugin.rollout.vllm_process import EngineOptions, is_loopback
 from megatron_plugin.trainer import signals
+from megatron_plugin.trainer.hf_engine import end_ids
 from megatron_plugin.trainer.hf_model import hf_config_for
 from megatron_plugin.trainer.leaders import Leaders
 from megatron_plugin.trainer.model import DTYPES
@@ -31,7 +32,6 @@ from megatron_plugin.trainer.weight_sync import WeightSync
 __all__ = ["Engines"]
 
 log = logging.getLogger("megatron_plugin")
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class Engines:
@@ -46,7 +46,7 @@ class Engines:
         if dist.get_rank() == 0:
             _write_model(self.folder, self.hf_config, origin, run_dir / "tokenizer")
         dist.barrier(group=leaders.world)
-        self.stop_token_ids = _ends(self.hf_config, self.folder, run.data.tokenizer)
+        self.stop_token_ids = end_ids(run.data.tokenizer, self.folder)
         self.dtype = run.config.train.dtype if self.config.dtype == "auto" else self.config.dtype
         self.transfer = self.config.transfer if self.config.transfer != "auto" else "nccl" if torch.cuda.is_available() else "shm"
         self.sync = WeightSync(
@@ -78,10 +78,10 @@ class Engines:
         """Bring dead engines back, and give all of them the weights of `step` unless they have them."""
         self.step = step
         self.leaders.on_leaders(self._wake)  # also where nothing is sent: after an evaluation they sleep with the newest weights
-        if not any(self.leaders.everyone(self._behind())):
-            return
-        self.leaders.on_leaders(signals.breakable(self._restart))
-        self.sync.send(self.fleet, self.transport, self.version)
+        if any(self.leaders.everyone(self.fleet is not None and bool(self.fleet.dead()))):
+            self.recover()
+        elif any(self.leaders.everyone(self._behind())):
+            self.sync.send(self.fleet, self.transport, self.version)
 
     def recover(self) -> None:
         """After engines were lost: restart them, and send all of them the weights again.  EngineLostError when none comes back.
@@ -108,7 +108,7 @@ class Engines:
             self.transport.close()
 
     def _behind(self) -> bool:
-        return self.fleet is not None and bool(self.fleet.dead() or any(engine.weight_version != self.version for engine in self.fleet.engines))
+        return self.fleet is not None and any(engine.weight_version != self.version for engine in self.fleet.engines)
 
     def _sleep(self) -> None:
         self.fleet.sleep()
@@ -150,7 +150,7 @@ class Engines:
     def _connect(self, url: str) -> RolloutEngine:
         """The server at `url`, if it serves our model and takes weights as we send them."""
         where = self.run.config.sources.get("rollout.transfer")
-        if self.transfer == "shm" and urlsplit(url).hostname not in LOOPBACK:
+        if self.transfer == "shm" and not is_loopback(urlsplit(url).hostname or ""):
             raise ConfigError(f"got shm, expected gloo or nccl for {url}: it is on another machine, which shares no memory with this one",
                               "rollout.transfer", where)  # fmt: skip
         expected = describe_model(str(self.folder), dtype=ENGINE_DTYPES[self.dtype], max_model_len=self.run.config.data.seq_length)
@@ -185,13 +185,3 @@ def _write_model(folder: Path, hf_config: dict[str, Any], origin: Path | None, t
     for source in (tokenizer, *([origin] if origin else [])):
         copy_files(source, folder, (*TOKENIZER_FILES, "generation_config.json"))
     (folder / "config.json").write_text(json.dumps(hf_config, indent=1), "utf-8")
-
-
-def _ends(hf_config: dict[str, Any], folder: Path, tokenizer) -> tuple[int, ...]:
-    """Tokens that end a completion: the tokenizer's, and those of config.json and generation_config.json."""
-    ends = {tokenizer.eos_token_id}
-    generation = folder / "generation_config.json"
-    for config in (hf_config, json.loads(generation.read_text("utf-8")) if generation.is_file() else {}):
-        value = config.get("eos_token_id")
-        ends.update(value if isinstance(value, list) else [value])
-    return tuple(sorted(end for end in ends if end is not None))

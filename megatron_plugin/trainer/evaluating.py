@@ -4,13 +4,12 @@
     OUT/score/           as `megatron-plugin score` writes it (a run or checkpoint only)
     OUT/hf/              the checkpoint as vLLM loads it (a run or checkpoint only)
     OUT/answers.jsonl    a line for each question; a second start goes on where it ends
-    OUT/numbers.json     every number, {name: [mean, standard error]}
+    OUT/numbers.json     every number, {name: [mean, standard error]}, null for the error of a single question
     OUT/report.html      the page
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,10 +27,10 @@ from megatron_plugin.rollout.fleet import Fleet, Request
 from megatron_plugin.rollout.rewards import Reward, RewardResult, RewardSample, make_reward
 from megatron_plugin.rollout.vllm_http import start_engine
 from megatron_plugin.rollout.vllm_process import EngineOptions
-from megatron_plugin.trainer.answer_numbers import Answers, answers_page, summed_up
+from megatron_plugin.trainer.answer_numbers import Answers, answers_page, numbers_json, summed_up
 from megatron_plugin.trainer.batch import is_right
 from megatron_plugin.trainer.convert import export_model
-from megatron_plugin.trainer.hf_engine import end_ids, engine_options, fill, started
+from megatron_plugin.trainer.hf_engine import end_ids, fill, hf_engine_options, started
 from megatron_plugin.trainer.scoring import Task, score_with_checkpoint
 from megatron_plugin.trainer.world import process_group
 
@@ -75,6 +74,8 @@ def evaluate_file(task: EvalTask, model: Path, overrides: Sequence[str] = (), *,
     if finished and (overrides or world_size > 1 or not answers):
         got = f"overrides ({overrides[0]})" if overrides else "several ranks" if world_size > 1 else "--no-answers"
         raise ConfigError(f"{model} is a Hugging Face directory, which vLLM alone runs; got {got}, expected a run directory or checkpoint beside that")
+    if answers:
+        _check_sampling(task)  # before the checkpoint is scored, which may take hours
     if not finished:
         model, leads = _from_checkpoint(task, model, overrides, world_size, export=answers)
         if not leads:
@@ -90,7 +91,7 @@ def evaluate_file(task: EvalTask, model: Path, overrides: Sequence[str] = (), *,
         means = summarise(read_scores(score), worst=1).means
         numbers |= {"nll": [-means["logp"], None], "cll": [means["cll"], None]}
         print(f"{'nll, cll':<22} {-means['logp']:.4f}, {means['cll']:+.4f} nats")
-    (task.out / "numbers.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    (task.out / "numbers.json").write_text(numbers_json(numbers))
     write_page(task.out / "report.html", "\n\n".join(parts), title=f"{task.data.name} under {model}")
     print(f"{task.out}: report.html numbers.json{' answers.jsonl' if answers else ''}", flush=True)
 
@@ -112,6 +113,15 @@ def _scored(task: EvalTask) -> list[str]:
     return [report.read_text("utf-8").replace("](cll.png)", "](score/cll.png)").partition("\n")[2]] if report.is_file() else []
 
 
+def _check_sampling(task: EvalTask) -> None:
+    """ConfigError for what vLLM would refuse question by question."""
+    if not 0 < task.top_p <= 1:
+        raise ConfigError(f"got {task.top_p}, expected top_p above 0, and 1 for all tokens", "--top-p")
+    if task.n and not 0 < task.temperature <= 2:
+        raise ConfigError(f"got {task.temperature}, expected above 0 and at most 2, the highest that vLLM takes; --n 0 draws greedy answers alone",
+                          "--temperature")  # fmt: skip
+
+
 class _Answering:
     def __init__(self, task: EvalTask, model: Path):
         """Everything that can be wrong is found before the engine is started, which takes half a minute."""
@@ -120,7 +130,7 @@ class _Answering:
         if not ends:
             raise ConfigError(f"{model}: got no end token in tokenizer or config.json, expected one: every answer would be cut off")
         with as_config_error("eval"):
-            self.options: EngineOptions = engine_options(
+            self.options: EngineOptions = hf_engine_options(
                 model, context=task.context, memory=task.memory, tensor=task.tensor, seed=task.seed, log=str(task.out / "engine.log"),
                 max_num_seqs=max(128, task.n),
             )  # fmt: skip

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,11 +93,10 @@ class Guard:
         self.signal = 0
         """What asked for the end of the run, as of the last step."""
         self.seen: list[Seen] = []
-        self.outputs: list[Tensor] = []
-        """Of a pipeline stage without the head: the largest magnitude that each micro-batch left it with."""
-        if not run.handle.active:
-            for chunk in run.chunks:
-                chunk.register_forward_hook(self._look_at_stage)
+        self.outputs: dict[int, list[Tensor]] = {}
+        """By chunk of this rank that has no head: the largest magnitude that each micro-batch left it with."""
+        for number, chunk in enumerate(run.chunks[:-1] if run.handle.active else run.chunks):  # the head is in the last one
+            chunk.register_forward_hook(partial(self._look_at_chunk, number))
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint: a resumed run judges as the undisturbed one."""
@@ -104,7 +104,7 @@ class Guard:
 
     def begin(self) -> None:
         """A new step: what was kept of the last one goes."""
-        self.seen, self.outputs = [], []
+        self.seen, self.outputs = [], {}
 
     def look(self, output: LossOutput, batch: PackedBatch, live: Tensor) -> dict[str, Tensor]:
         """`measure` of run_step: keeps the micro-batch, and counts labels that no vocabulary has.  No host sync.
@@ -139,9 +139,11 @@ class Guard:
         """After a step that is not finite: what this rank saw of it, for people.  Waits for the device."""
         ours = groups()
         bad = [i for i, seen in enumerate(self.seen) if not seen.loss[seen.live].isfinite().all()]
-        bad += [i for i, largest in enumerate(self.outputs) if not torch.isfinite(largest)]
+        by_chunk = {chunk: [i for i, largest in enumerate(own) if not torch.isfinite(largest)] for chunk, own in sorted(self.outputs.items())}
+        by_chunk[len(self.run.chunks) - 1] = by_chunk.get(len(self.run.chunks) - 1, []) + bad
+        first = next((chunk for chunk, found in by_chunk.items() if found), 0)  # the later ones got it from there
         return {
-            "rank": dist.get_rank(), "stage": ours.pp.rank(), "replica": ours.dp.rank(), "micro_batches": sorted(set(bad)),
+            "rank": dist.get_rank(), "stage": first * ours.pp.size() + ours.pp.rank(), "replica": ours.dp.rank(), "micro_batches": by_chunk.get(first, []),
             "places": {str(i): (~seen.loss.isfinite() & seen.live).nonzero().tolist()[:8] for i, seen in enumerate(self.seen) if i in bad},
             "losses": [float((seen.loss * seen.live).nansum()) if i not in bad else None for i, seen in enumerate(self.seen)],
             "gradient": bool(self._gradient_lost()),
@@ -155,6 +157,6 @@ class Guard:
         largest = [torch.linalg.vector_norm(data, INF) for data in found if data.numel()]
         return (~torch.stack(largest).isfinite().all()).float() if largest else torch.zeros((), device=device())
 
-    def _look_at_stage(self, module, arguments, output) -> None:
+    def _look_at_chunk(self, number: int, module, arguments, output) -> None:
         if torch.is_grad_enabled() and isinstance(output, Tensor):
-            self.outputs.append(torch.linalg.vector_norm(output.detach(), INF).float())
+            self.outputs.setdefault(number, []).append(torch.linalg.vector_norm(output.detach(), INF).float())

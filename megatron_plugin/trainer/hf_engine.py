@@ -19,7 +19,7 @@ from megatron_plugin.rollout.transports.shm import SharedMemory
 from megatron_plugin.rollout.vllm_model import read_config
 from megatron_plugin.rollout.vllm_process import EngineOptions
 
-__all__ = ["end_ids", "engine_options", "fill", "started", "weights_of"]
+__all__ = ["end_ids", "fill", "hf_engine_options", "started", "weights_of"]
 
 LONGEST = 32768
 """Tokens of the context where none is asked for, however long the model's own is."""
@@ -28,7 +28,7 @@ IGNORED = ("rotary_emb.inv_freq",)  # in old Llama directories; computed, not lo
 Engine = TypeVar("Engine")
 
 
-def engine_options(model: Path, *, context: int = 0, memory: float = 0.0, **others: Any) -> EngineOptions:
+def hf_engine_options(model: Path, *, context: int = 0, memory: float = 0.0, **others: Any) -> EngineOptions:
     """Of an engine for the directory `model`.  ValueError for what no engine can be started with.
 
     context: tokens of prompt and answer; 0: the model's, at most 32768.  memory: share of the GPU's memory, or GiB of key-value cache on a

@@ -19,6 +19,7 @@ from megatron_plugin.report.run_page import write_run_page
 from megatron_plugin.trainer import signals
 from megatron_plugin.trainer.deterministic import make_deterministic
 from megatron_plugin.trainer.leaders import RemoteError
+from megatron_plugin.trainer.lost_peer import is_lost_peer
 from megatron_plugin.trainer.metrics import RunLog, step_metrics
 from megatron_plugin.trainer.run import Run, keep_best, record, save, start
 from megatron_plugin.trainer.supervised import Supervised
@@ -42,7 +43,7 @@ def train(config: Config) -> None:
             record(run)
             log = RunLog(config.run_dir, steps=config.train.steps, resumed_at=run.step, leader=dist.get_rank() == 0)
             _say_what_is_trained(run, source, log)
-            loop = _Loop(run, source, log, saved=run.step)
+            loop = _Loop(run, source, log, began_at=run.step)
             try:
                 if run.step == 0 and config.rollout is not None and config.train.eval_interval:
                     log.step(0, loop.evaluate(last=False), show=True)  # what reinforcement begins from; the engine answers in seconds
@@ -71,8 +72,8 @@ class _Loop:
     run: Run
     source: Any
     log: RunLog
-    saved: int
-    """The step whose state is on disk."""
+    began_at: int
+    """The step that the run found on disk; 0: none."""
 
     def step(self) -> None:
         """One optimizer step and what is due after it.  LeaveError on every rank when a signal asked for the end."""
@@ -83,8 +84,10 @@ class _Loop:
         last, stop = run.step == config.train.steps, self.source.guard.signal
         try:
             run.saver.poll()
-            if last or stop or (config.checkpoint.interval and run.step % config.checkpoint.interval == 0):
-                self.save(wait=last or stop)  # before the evaluation: what fails there costs no work
+            # Not amid steps that are not numbers: where the weights are what broke, it would push the sound checkpoints out.
+            due = config.checkpoint.interval and run.step % config.checkpoint.interval == 0 and not self.source.guard.in_a_row
+            if last or stop or due:
+                save(run, self.source.position(), wait=last or stop)  # before the evaluation: what fails there costs no work
                 stop = stop or signals.agreed()  # saving takes longer than a step
             if not stop and (last or (config.train.eval_interval and run.step % config.train.eval_interval == 0)):
                 metrics |= self.evaluate(last=last)
@@ -94,10 +97,6 @@ class _Loop:
             self.log.step(run.step, metrics, show=last or run.step % config.train.log_interval == 0)
         if stop:
             raise signals.LeaveError("a signal came")
-
-    def save(self, *, wait: bool) -> None:
-        save(self.run, self.source.position(), wait=wait)
-        self.saved = self.run.step
 
     def evaluate(self, *, last: bool) -> dict[str, float]:
         for chunk in self.run.chunks:
@@ -109,14 +108,16 @@ class _Loop:
 
     def leave_if_stopped(self, error: Exception) -> None:
         """StoppedError, with the last completed step saved, where `error` is a signal's doing.  All ranks come here together then."""
+        run = self.run
         asked = isinstance(error, signals.LeaveError) or (isinstance(error, RemoteError) and error.exit_code == signals.LeaveError.exit_code)
-        done = self.saved == self.run.step
-        if not asked and not (signals.asked() and done):  # with nothing left to save, that another rank has gone already is no failure
+        if asked:
+            run.saver.finish()  # only then is it known whether the save under way has failed
+        done = run.step in (run.saver.saved, self.began_at)
+        if not asked and not (signals.asked() and done and is_lost_peer(error)):  # with nothing left to save, that another rank has gone already is no failure
             return
         number = signals.asked() if done else signals.agreed()
         if not done:
-            self.save(wait=True)
-        self.run.saver.finish()
+            save(run, self.source.position(), wait=True)
         self.log.close()
         raise signals.stopped(number or signal.SIGTERM, self._what_is_saved()) from None
 
@@ -139,7 +140,10 @@ def _sum_up(run: Run, log: RunLog) -> None:
     """The page, the last evaluation, and where everything is."""
     if log.leader:
         run_dir = Path(run.config.run_dir)
-        write_run_page(run_dir)
+        try:
+            write_run_page(run_dir)
+        except Exception as error:  # a full disk, a package that is missing: the run is done all the same
+            log.say(f"no report.html: {type(error).__name__}: {error}; `megatron-plugin report {run_dir}` makes it")
         last = (read_metrics(run_dir) or [{}])[-1]
         log.say("\n".join(f"{name:<28} {value:.4f}" for name, value in last.items() if name.startswith("eval/") and value is not None))
         log.say(f"{run_dir}: report.html config.yaml metrics.jsonl curves.png tensorboard/ tokenizer/ checkpoints/step_{run.step:08d}")

@@ -5,9 +5,16 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_plugin.report.lines import read_metrics
+from megatron_plugin.rollout.log import append_whole
+from megatron_plugin.trainer.manifest import write_text
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 __all__ = ["RunLog", "step_metrics"]
 
@@ -49,9 +56,9 @@ class RunLog:
         run_dir = Path(run_dir)
         # A run killed after its last checkpoint has logged steps it will now do again
         kept = [line for line in read_metrics(run_dir) if line["step"] <= resumed_at]
-        (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
-        self._file = open(run_dir / "metrics.jsonl", "a", buffering=1)
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_at + 1)
+        self._path, self.failed = run_dir / "metrics.jsonl", 0
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._board: SummaryWriter | None = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_at + 1)
         self._console = None
         if sys.stdout.isatty():
             from rich.console import Console
@@ -63,13 +70,13 @@ class RunLog:
             self._console.print(text) if self._console else print(text, flush=True)
 
     def step(self, step: int, metrics: dict[str, float], *, show: bool) -> None:
-        """Record one step; `show` prints its line."""
+        """Record one step, log/failed in it if the disk has refused any; `show` prints its line."""
         if not self.leader:
             return
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
-        self._file.write(json.dumps({"step": step} | finite) + "\n")
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
+        if self.failed:
+            metrics = metrics | {"log/failed": float(self.failed)}
+        self._write(step, metrics)
+        self._to_board(lambda board: [board.add_scalar(name, value, step) for name, value in metrics.items()])
         if show:
             width = len(str(self.steps))
             cells = [f"{heading} {format(metrics[name], spec)}" for name, (heading, spec) in SHOWN.items() if name in metrics]
@@ -79,5 +86,24 @@ class RunLog:
 
     def close(self) -> None:
         if self.leader:
-            self._file.close()
-            self._board.close()
+            self._to_board(lambda board: board.close())
+
+    def _write(self, step: int, metrics: dict[str, float]) -> None:
+        """A line of metrics.jsonl; a disk that refuses it is no reason to stop."""
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
+        try:
+            with open(self._path, "ab", buffering=0) as file:  # opened anew: nothing that was refused is held back in a buffer
+                append_whole(file, (json.dumps({"step": step} | finite) + "\n").encode())
+        except OSError as error:
+            if not self.failed:
+                self.say(f"{self._path} cannot be written, training goes on and log/failed counts the steps that are not in it: {error}")
+            self.failed += 1
+
+    def _to_board(self, act: Callable[[SummaryWriter], object]) -> None:
+        """TensorBoard's thread is over once a write has failed, and does not begin again."""
+        try:
+            if self._board is not None:
+                act(self._board)
+        except OSError as error:
+            self._board = None
+            self.say(f"TensorBoard's files cannot be written and end here, metrics.jsonl goes on: {error}")

@@ -12,11 +12,12 @@ from typing import Any
 
 from megatron_plugin.config import as_config_error
 from megatron_plugin.config.rollout import RolloutConfig
-from megatron_plugin.data import IGNORE_INDEX, RowOrder, Sample
+from megatron_plugin.data import IGNORE_INDEX, DataError, RowOrder, Sample
 from megatron_plugin.losses.probe import metric_names
 from megatron_plugin.parallel.normaliser import Source
 from megatron_plugin.rollout.fleet import CONCURRENCY
 from megatron_plugin.schedules.mu import MU_PRESETS, mu_schedule
+from megatron_plugin.trainer import signals
 from megatron_plugin.trainer.batch import Group, expert_sample, rollout_samples
 from megatron_plugin.trainer.guard import STRAYS, Guard
 from megatron_plugin.trainer.labels import check_labels
@@ -48,6 +49,9 @@ class OnPolicy:
 
     def __init__(self, run: Run):
         config = run.config
+        if run.position is not None and not {"prompts", "experts"} <= set(run.position):  # before the engines, which take a minute
+            raise DataError(f"position of the data: got keys {sorted(run.position)}, expected experts and prompts: the checkpoint is of supervised "
+                            "training, which this cannot resume; choose another run_dir, and checkpoint.init for the weights")  # fmt: skip
         self.run, self.rollout, self.guard = run, config.rollout, Guard(run)
         with as_config_error("loss", config.sources.get("loss.name")):
             self.names = metric_names(run.loss, _given(run))
@@ -127,13 +131,22 @@ class OnPolicy:
         for part in range(updates):
             own = groups[part * len(groups) // updates : (part + 1) * len(groups) // updates]
             samples = [sample for i, group in enumerate(own) for sample in rollout_samples(group, first=i * self.rollout.n, extra=self.extra)]
-            check_labels(samples, self.run.data.vocab_size)
+            self._check(samples)
             with_experts = self.sources(self.run.step + part)[0].share > 0
             parts.append(mix(self.run.config, samples + (self._experts(own) if with_experts else [])))
         if with_rollouts:
             parts = self.scorer.score(parts, several=updates > 1)
             self.metrics |= self.scorer.metrics
         return [self.scorer.filled(part) for part in parts]
+
+    def _check(self, samples: Sequence[Sample]) -> None:
+        """Every rank calls it: where one alone raised, the others would wait for it in `mix`.  DataError, elsewhere RemoteError, for a stray label."""
+        own = None
+        try:
+            check_labels(samples, self.run.data.vocab_size)
+        except DataError as error:
+            own = error
+        self.leaders.raise_first(own)
 
     def _experts(self, groups: Sequence[Group]) -> list[Sample]:
         """This replica's share of the step's expert samples: the next ones in order, or the demonstrations of the groups' prompts."""
@@ -151,9 +164,12 @@ class OnPolicy:
         return metrics
 
     def position(self) -> dict[str, Any]:
-        """Of the data.  checkpoint.interval is a multiple of rollout.updates, so that a checkpoint lies between two rollout batches and a run that resumes
-        draws the samples of the undisturbed one (max_staleness=1 too: Rollouts._pauses).  Only that of the last step, or of a signal, can lie between
-        the updates of one batch: it points behind it, and what is left of the batch is not trained on."""
+        """Of the data.  checkpoint.interval, and train.eval_interval beside checkpoint.best, are multiples of rollout.updates, so that a checkpoint lies
+        between two rollout batches and a run that resumes draws the samples of the undisturbed one (max_staleness=1 too: Rollouts._pauses).  Only that
+        of the last step, or of a signal, can lie between the updates of one batch: it points behind it, and what is left of the batch is not trained on."""
+        if self.pending and (self.guard.signal or signals.asked()) and self.leaders.leads and self.leaders.index == 0:
+            log.warning("step %d is saved between the updates of a rollout batch: the %d that are left of rollout.updates=%d are not trained on, also by "
+                        "the run that resumes", self.run.step, len(self.pending), self.rollout.updates)  # fmt: skip
         return {"prompts": self.rollouts.position(), "experts": self.expert_order.state_dict(), "guard": self.guard.state()}
 
     def close(self) -> None:

@@ -32,7 +32,7 @@ from megatron_plugin.rollout.hinted.options import HintedOptions
 from megatron_plugin.rollout.hinted.realign import ANALYSIS_PROMPT, Realigner, RealignOptions
 from megatron_plugin.rollout.rewards import make_reward
 from megatron_plugin.rollout.vllm_model import read_config
-from megatron_plugin.trainer.hf_engine import end_ids, engine_options, started
+from megatron_plugin.trainer.hf_engine import end_ids, hf_engine_options, started
 from megatron_plugin.trainer.realign_summary import Ticker, summary
 
 __all__ = ["RealignTask", "realign_file"]
@@ -97,7 +97,7 @@ class _Realigning:
                               "would end; set eos_token in tokenizer_config.json")  # fmt: skip
         with as_config_error("realign"):
             self.hinted = HintedOptions(vocab_size=vocab_size, end_ids=ends, **{name: getattr(task, name) for name in OF_DECODING})
-            self.engine_options = engine_options(
+            self.engine_options = hf_engine_options(
                 task.model, context=task.context, memory=task.memory, max_num_seqs=2 * task.concurrency, tensor=task.tensor, seed=task.seed,
                 log=str(task.out / "engine.log"),
             )  # fmt: skip

@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from megatron_plugin.data.errors import some_of
 from megatron_plugin.hooks.mcore import groups
 from megatron_plugin.trainer.guard import Guard, Verdict
+from megatron_plugin.trainer.manifest import exchange
 
 __all__ = ["describe", "keep"]
 
 MOST = 20
 """Steps kept of one run: a fault that comes and goes for days must not fill the disk."""
-SHOWN = 8
 
 
 def describe(guard: Guard, verdict: Verdict, means: dict[str, float], samples: Sequence[Sequence[str]]) -> tuple[str, list[dict[str, Any]], list[str]]:
@@ -44,32 +46,40 @@ def describe(guard: Guard, verdict: Verdict, means: dict[str, float], samples: S
     where = f" on {_ranks(accused)}, micro-batch {_numbers(sorted({i for x in accused for i in x['micro_batches']}))} of the step" if accused else ""
     if broken := [x for x in everyone if x["weights"]]:
         where += f"; weights are not finite on {_ranks(broken)}"
-    more = f" and {len(sources) - SHOWN} more" if len(sources) > SHOWN else ""
-    return f"{what}{where}, no weight was changed; the step's samples: {', '.join(sources[:SHOWN])}{more}", everyone, sources
+    return f"{what}{where}, no weight was changed; the step's samples: {some_of(sources)}", everyone, sources
 
 
 def keep(guard: Guard, step: int, sentence: str, ranks: list[dict[str, Any]], sources: Sequence[str]) -> Path | None:
-    """Write the folder; None where MOST are there already.  Every rank calls it; a disk that refuses is no reason to stop."""
+    """Write the folder; None where MOST are there already.  Collective; a disk that refuses is no reason to stop."""
     run = guard.run
     run_dir = Path(run.config.run_dir)
     folder = run_dir / "replay" / f"step_{step:08d}"
     own = next(x for x in ranks if x["rank"] == dist.get_rank())
+    if not exchange(own["rank"] == 0 and _made(folder))[0]:  # one rank counts and makes: others in the same folder would get in its way
+        return None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if len(list(folder.parent.iterdir())) > MOST:
-            folder.rmdir()
-            return None
         bad = [i for i in own["micro_batches"] if i < len(guard.seen)]
         if bad and groups().tp.rank() == 0:
             save_file({f"{i}.{name}": value.contiguous().cpu() for i in bad for name, value in _tensors(guard, i).items()},
                       folder / f"rank_{own['rank']}.safetensors")  # fmt: skip
         if own["rank"] == 0:
             _write_step(folder, run, {"step": step, "seed": run.config.seed, "what": sentence, "samples": list(sources), "ranks": ranks})
-    except OSError as error:
-        if own["rank"] == 0:
-            print(f"cannot keep the step in {folder}: {error.strerror}", flush=True)
+    except (OSError, SafetensorError) as error:
+        print(f"rank {own['rank']} cannot keep the step in {folder}: {error}", flush=True)
         return None
     return folder
+
+
+def _made(folder: Path) -> bool:
+    """Whether the folder is there, and not one too many."""
+    try:
+        if not folder.is_dir() and folder.parent.is_dir() and len(list(folder.parent.iterdir())) >= MOST:
+            return False
+        folder.mkdir(parents=True, exist_ok=True)
+        return True
+    except OSError as error:
+        print(f"cannot keep the step in {folder}: {error}", flush=True)
+        return False
 
 
 def _tensors(guard: Guard, index: int) -> dict[str, Any]:
@@ -109,4 +119,4 @@ def _ranks(found: Sequence[dict[str, Any]]) -> str:
 
 
 def _numbers(values: Sequence[int]) -> str:
-    return ", ".join(map(str, values[:16])) + (f" and {len(values) - 16} more" if len(values) > 16 else "")
+    return some_of(values, 16)

@@ -13,14 +13,14 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from megatron_plugin.data import DataError, Prompt, PromptSet, RowOrder, encode_prompts
 from megatron_plugin.rollout.engine import Completion, SamplingParams
 from megatron_plugin.rollout.fleet import Fleet, Generated, Request
-from megatron_plugin.rollout.log import RolloutLog, cut_rollouts
+from megatron_plugin.rollout.log import RolloutLine, RolloutLog, cut_rollouts
 from megatron_plugin.trainer import signals
 from megatron_plugin.trainer.batch import Group, Judged
 from megatron_plugin.trainer.datasets import EvalSet
@@ -49,6 +49,8 @@ class Rollouts:
         self.judge = Judge(run, leaders)
         self.engines = Engines(run, leaders)
         self.log = leaders.on_leaders(self._open_log)
+        self.unlogged = 0
+        """Batches of this leader that its log refused, since the start."""
         self._ahead: _Ahead | None = None
         self._position = self.order.state_dict()
 
@@ -57,6 +59,15 @@ class Rollouts:
         if index == 0:  # also the files of leaders that this run has no longer
             cut_rollouts(folder, resumed_at=self.run.step, first=self.leaders.count)
         return RolloutLog(folder / ("rollouts.jsonl" if index == 0 else f"rollouts.{index}.jsonl"), resumed_at=self.run.step)
+
+    def _record(self, lines: Iterable[RolloutLine]) -> None:
+        """A disk that refuses them is no reason to stop."""
+        try:
+            self.log.add(lines)
+        except OSError as error:
+            if not self.unlogged:
+                log.warning("%s cannot be written, training goes on and log/rollouts_failed counts its batches: %s", self.log.path, error)
+            self.unlogged += 1
 
     def _held_out(self, held_out: EvalSet) -> PromptSet:
         try:
@@ -84,12 +95,13 @@ class Rollouts:
             counted.update(again)
         self.engines.rest()
         groups, metrics = self.judge.groups(judged)
-        self.leaders.on_leaders(lambda: self.log.add(self.judge.lines(groups, left_out, step=self.run.step + 1)))
+        self.leaders.on_leaders(lambda: self._record(self.judge.lines(groups, left_out, step=self.run.step + 1)))
         mine = self.leaders.from_leader(groups)[self.leaders.replica]
         self._position = self._ahead.position if self._ahead else self.order.state_dict()
         metrics |= {"rollout/staleness": counted.pop("behind") / max(1, counted.pop("answered"))}
         metrics |= {f"rollout/{name}": float(count) for name, count in counted.items()}
-        metrics |= {"rollout/engines_healthy": float(self.leaders.added(Counter(healthy=self.engines.healthy()))["healthy"])}
+        state = self.leaders.added(Counter(healthy=self.engines.healthy(), unlogged=self.unlogged))
+        metrics |= {"rollout/engines_healthy": float(state["healthy"])} | ({"log/rollouts_failed": float(state["unlogged"])} if state["unlogged"] else {})
         sync, judge = self.engines.sync.seconds, self.judge.seconds
         return mine, metrics | {"perf/sync_s": sync, "perf/judge_s": judge, "perf/generate_s": time.perf_counter() - begin - sync - judge}
 
@@ -181,7 +193,7 @@ class Rollouts:
         cut = dict(top_p=self.config.top_p, top_k=self.config.top_k) if temperature else {}
         return SamplingParams(
             n=n, max_tokens=self.config.max_tokens, temperature=temperature, seed=seed if self.config.seed_samples and temperature else None,
-            stop_token_ids=self.engines.stop_token_ids, **cut,
+            stop_token_ids=self.engines.stop_token_ids, vocab_size=self.run.data.vocab_size, **cut,
         )  # fmt: skip
 
     def _complete(self, asked: Asked, first: Callable[[], Generated] | None, *, behind: int = 0) -> tuple[dict[int, list[Judged]], Counter[str]]:

@@ -24,7 +24,7 @@ from megatron_plugin.trainer import checkpoint as checkpoints
 from megatron_plugin.trainer.changes import changed_settings, model_record, refuse_other_model
 from megatron_plugin.trainer.datasets import Datasets, prepare_datasets
 from megatron_plugin.trainer.model import build_model, build_optimizer, transformer_config
-from megatron_plugin.trainer.saving import Saver
+from megatron_plugin.trainer.saving import Saver, put_back
 
 __all__ = ["Run", "keep_best", "record", "save", "start"]
 
@@ -55,6 +55,7 @@ class Run:
 def start(config: Config) -> Run:
     """Build the run and put it where its checkpoint, or the checkpoint it takes its weights from, left off."""
     run_dir = Path(config.run_dir)
+    put_back(run_dir)
     source, init = _sources(config, run_dir)
     with as_config_error("loss", config.sources.get("loss.name")):
         loss, ramp = _with_ramp(config, bind(config.loss_name, **config.loss_params))
@@ -96,9 +97,7 @@ def _sources(config: Config, run_dir: Path) -> tuple[Path | None, Path | None]:
     if resume not in ("auto", "never"):
         return checkpoints.usable(resume), None
     if there is not None:
-        source = checkpoints.usable(run_dir)
-        checkpoints.set_aside(run_dir, source)
-        return source, None
+        return checkpoints.usable(run_dir, rename=True), None
     return None, checkpoints.usable(config.checkpoint.init) if config.checkpoint.init else None
 
 

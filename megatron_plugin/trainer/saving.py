@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 import threading
@@ -28,7 +29,7 @@ from megatron_plugin.hooks.mcore import device
 from megatron_plugin.trainer.checkpoint import LATEST, NAME, STATE, candidates
 from megatron_plugin.trainer.manifest import FORMAT, digests, exchange, sync_folder, write_manifest, write_text
 
-__all__ = ["SaveError", "Saver", "save_checkpoint"]
+__all__ = ["SaveError", "Saver", "put_back", "save_checkpoint"]
 
 log = logging.getLogger("megatron_plugin")
 PATIENCE = 3
@@ -47,6 +48,15 @@ def save_checkpoint(run_dir: str | Path, chunks: list, optimizer, state: dict[st
     saver = Saver(run_dir, keep=keep)
     saver.save(state, chunks, optimizer, wait=True)
     return saver.folder / _name(state["step"])
+
+
+def put_back(run_dir: str | Path) -> None:
+    """Its name to a checkpoint that was about to be replaced when the job was killed; before a resume looks for one.  Collective."""
+    if dist.get_rank() == 0:
+        for left in (Path(run_dir) / "checkpoints").glob("step_*.replaced"):
+            with contextlib.suppress(OSError):  # a read-only directory, or the new one is there: the old one is removed then
+                os.rename(left, left.with_suffix(""))
+    dist.barrier()
 
 
 @dataclass
@@ -79,6 +89,7 @@ class Saver:
         self._writing: _Write | None = None
         self._saved: int | None = None
         self._seconds: float | None = None
+        put_back(run_dir)
         if dist.get_rank() == 0 and self.folder.is_dir():
             with contextlib.suppress(OSError):  # a read-only directory is reported when something is saved
                 self._tidy()
@@ -121,10 +132,10 @@ class Saver:
             self._seconds = (self._seconds or 0.0) + time.perf_counter() - begin
 
     def is_better(self, value: float) -> bool:
-        """Whether the metric checkpoint.best has never been as good; the same on every rank, by rank 0's value."""
+        """Whether the metric checkpoint.best has never been as good; the same on every rank, by rank 0's value.  Nothing is better than a number."""
         kept, value = exchange((self._best(), value))[0]
         higher = not self.best.endswith(("nll", "loss"))
-        return kept is None or (value > kept["value"] if higher else value < kept["value"])
+        return math.isfinite(value) and (kept is None or (value > kept["value"] if higher else value < kept["value"]))
 
     def mark_best(self, step: int, value: float) -> None:
         """The checkpoint of `step`, which is on disk, is the best: it is kept until a better one is."""
@@ -181,7 +192,7 @@ class Saver:
         rest = [path for path in folder.iterdir() if path.name not in files]
         write_manifest(folder, files | digests(rest))
         replaced = final.with_suffix(".replaced")
-        if final.exists():  # of a course of the run that was given up; a kill between the two is put right by _tidy
+        if final.exists():  # of a course of the run that was given up; a kill between the two is put right by put_back
             final.rename(replaced)
         folder.rename(final)
         sync_folder(self.folder)
@@ -211,8 +222,7 @@ class Saver:
         for left in self.folder.glob(".*.writing"):  # of `latest` or `best`
             left.unlink(missing_ok=True)
         for left in self.folder.glob("step_*.replaced"):
-            whole = left.with_suffix("")
-            shutil.rmtree(left, ignore_errors=True) if whole.exists() else os.rename(left, whole)
+            shutil.rmtree(left, ignore_errors=True)
 
     def _agree(self, act, *, what: str) -> bool:
         """`act` on rank 0; whether it could, on every rank.  What it raised is counted as a failure."""

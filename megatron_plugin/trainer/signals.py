@@ -55,8 +55,8 @@ def asked() -> int:
 def caught() -> Iterator[None]:
     """Inside, SIGTERM and SIGINT are remembered; a second Ctrl-C, a second after the first, is a KeyboardInterrupt.  Main thread only: elsewhere
     Python has no handlers to set."""
-    global _asked
-    _asked = 0
+    global _asked, _breaking
+    _asked, _breaking = 0, False
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -75,10 +75,11 @@ def _remember(number: int, frame) -> None:
     global _asked, _since
     if number == signal.SIGINT and _asked and time.monotonic() - _since > ONE_CTRL_C_S:
         raise KeyboardInterrupt
-    if not _asked:
+    first = not _asked
+    if first:
         _since = time.monotonic()
     _asked = max(_asked, number)  # all ranks end with one exit code: SIGTERM's where some got a Ctrl-C
-    if _breaking:
+    if _breaking and first:  # one is enough, and `_breaking` may be left over where it came on the way out of `breaking`
         raise LeaveError("a signal came")
 
 

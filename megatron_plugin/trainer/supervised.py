@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_plugin.config import ConfigError, as_config_error
 from megatron_plugin.data import DataError, RowOrder, eval_steps, shard
+from megatron_plugin.data.errors import some_of
 from megatron_plugin.hooks.mcore import groups
 from megatron_plugin.losses.probe import metric_names
 from megatron_plugin.trainer import signals
@@ -43,7 +44,8 @@ class Supervised:
         """One optimizer step: its means, grad_norm, lr and tokens (all of the step, with and without a loss)."""
         run, rows = self.run, self.order.next_step()
         if not any(self.rows.loss_tokens(row) for row in rows):
-            raise DataError(f"step {run.step + 1} has no token with a loss in its {len(rows)} rows: {self._sources(rows)}")
+            names = [name for row in rows for name in self.rows.sources(row)]
+            raise DataError(f"step {run.step + 1} has no token with a loss in its {len(rows)} rows: {some_of(names)}")
 
         def gradients() -> dict[str, float]:
             return run_rows(run.config, run.chunks, run.handle, self.rows, rows, [*self.names, STRAYS], train=True, watch=self.guard.look)
@@ -74,10 +76,6 @@ class Supervised:
         dp = groups().dp
         mine = shard(rows, dp_rank=dp.rank(), dp_size=dp.size(), micro_batch=self.run.config.train.micro_batch)
         return [[name for row in micro_batch for name in self.rows.sources(row)] for micro_batch in mine]
-
-    def _sources(self, rows: list[int]) -> str:
-        names = [name for row in rows for name in self.rows.sources(row)]
-        return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def nll(run: Run, held_out: EvalSet, names: list[str]) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 
+from megatron_plugin.data.errors import some_of
 from megatron_plugin.schedules.ramp import ramp_schedule
 from megatron_plugin.trainer import replay
 from megatron_plugin.trainer.guard import STRAYS, Guard, Verdict
@@ -74,10 +75,9 @@ def _spiked(guard: Guard, means: dict[str, float], samples: Sequence[Sequence[st
     sources = list(dict.fromkeys(source for own in everyone for source in own))
     if dist.get_rank() == 0:
         done = "no weight was changed" if guard.train.skip_spikes else "applied all the same (train.skip_spikes=false)"
-        more = f" and {len(sources) - replay.SHOWN} more" if len(sources) > replay.SHOWN else ""
         values = ", ".join(f"{name} {means[name]:.4g}" for name in guard.names)
-        log.warning("step %d: %s, more than train.spike_factor=%g times the median of the last steps; %s; the step's samples: %s%s", guard.run.step + 1,
-                    values, guard.train.spike_factor, done, ", ".join(sources[: replay.SHOWN]), more)  # fmt: skip
+        log.warning("step %d: %s, more than train.spike_factor=%g times the median of the last steps; %s; the step's samples: %s", guard.run.step + 1,
+                    values, guard.train.spike_factor, done, some_of(sources))  # fmt: skip
 
 
 def _set_ramp(run: Run) -> dict[str, float]:

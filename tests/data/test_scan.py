@@ -3,6 +3,7 @@
 import json
 
 from megatron_plugin.data import BadLines, ConversationEncoder, DataError, load_rows
+from megatron_plugin.data.errors import some_of
 from megatron_plugin.data.scan import scan_file
 from tests.data.samples import GSM8K, write_jsonl
 
@@ -55,6 +56,10 @@ def test_reasons_are_counted_without_what_is_the_lines_own():
     assert bad.by_kind() == dict.fromkeys(kinds.values(), 2)
     bad.add(DataError("found wrong by another stage too", "f:0"))
     assert len(bad) == 6, "a line counts once"
+
+
+def test_long_lists_are_cut():
+    assert some_of(range(8)) == "0, 1, 2, 3, 4, 5, 6, 7" and some_of([f"q:{i}" for i in range(5)], 2) == "q:0, q:1 and 3 more" and some_of([]) == ""
 
 
 def test_a_file_that_cannot_be_read(tmp_path):

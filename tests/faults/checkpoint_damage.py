@@ -70,7 +70,8 @@ def none_left(folder: Path) -> None:
 def damage_of(checkpoint: Path) -> str | None:
     from megatron_plugin.trainer.manifest import damage
 
-    return damage(checkpoint)
+    found = damage(checkpoint)
+    return found and found.what
 
 
 @contextlib.contextmanager

@@ -3,10 +3,12 @@
     PLANT='{"rank": 1, "step": 3, "point": "forward", "do": "raise"}' torchrun ... tests/faults/interrupted.py train configs/...
 
 do: "raise" an error; "wait" 3 seconds in that place, the file PLANT["mark"] made before, so that a signal can be sent meanwhile.
+save_fails: the first save fails on that rank, as on a full disk.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -31,6 +33,8 @@ def main() -> int:
     if plant["rank"] == int(os.environ.get("RANK", 0)):
         planted._after(loop, "start", planted.RUN.append)
         (POINTS | planted.POINTS)[plant["point"]](lambda: _act(plant))
+        if plant.get("save_fails"):
+            _fail_first_save()
     return cli(sys.argv[1:])
 
 
@@ -46,6 +50,18 @@ def _act(plant: dict) -> None:
     deadline = time.monotonic() + 3
     while time.monotonic() < deadline:
         time.sleep(0.05)
+
+
+def _fail_first_save() -> None:
+    from megatron_plugin.hooks.dist_checkpoint import Shards
+
+    original = Shards.write
+
+    def fails(shards):
+        Shards.write = original
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    Shards.write = fails
 
 
 def _in_reading(act):

@@ -95,5 +95,5 @@ class Job:
 
 
 def slower() -> float:
-    """How busy the machine is with other things: a limit in seconds is for a quiet one."""
-    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+    """How busy the machine is with other things: a limit in seconds is for a quiet one.  Capped: on no machine does a limit mean nothing."""
+    return min(4.0, max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)))

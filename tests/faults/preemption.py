@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from megatron_plugin.data import generate
 from megatron_plugin.report.lines import read_metrics
@@ -25,20 +27,26 @@ MOMENTS = {  # name -> (place that waits, its step, ranks, signal)
     "alone": ("forward", 4, 0, signal.SIGTERM),
     "alone, Ctrl-C": ("forward", 4, 0, signal.SIGINT),
 }
+UNSAVED = {  # the save before the evaluation that the signal ends has failed on a rank, or is under way in a thread
+    "failed save": ({"save_fails": True}, {"checkpoint.interval": "5"}),
+    "failed asynchronous save": ({"save_fails": True}, {"checkpoint.interval": "5", "checkpoint.asynchronous": "true"}),
+    "asynchronous save": ({}, {"checkpoint.interval": "5", "checkpoint.asynchronous": "true"}),
+}
 ROLLOUTS = {"generation": "generation", "judging": "judging", "weights on their way": "sync"}
 
 
 def cases(*, full: bool) -> list[Case]:
     chosen = MOMENTS if full else {"evaluation": MOMENTS["evaluation"]}
     made = [Case(name, partial(_try, moment=moment)) for name, moment in chosen.items()]
+    made += [Case(name, partial(_try, moment=MOMENTS["evaluation"], plant=plant, more=more)) for name, (plant, more) in UNSAVED.items() if full]
     return made + [Case(f"rollout, {name}", partial(_rollout, point=point)) for name, point in ROLLOUTS.items() if full]
 
 
-def _try(folder: Path, *, moment: tuple[str, int, int, int]) -> float:
+def _try(folder: Path, *, moment: tuple[str, int, int, int], plant: Mapping[str, object] = MappingProxyType({}), more: Mapping[str, str] = MappingProxyType({})) -> float:
     point, step, ranks, number = moment
     overrides = small_run(folder, **{
-        "train.steps": str(STEPS), "checkpoint.interval": "3", "train.eval_interval": "5", "data.eval_samples": "8", "train.global_batch": "4"})  # fmt: skip
-    job = Job(folder, ranks, {"rank": 0, "step": step, "point": point, "do": "wait"}, overrides | ({"parallel.tensor": "2"} if ranks else {}))
+        "train.steps": str(STEPS), "checkpoint.interval": "3", "train.eval_interval": "5", "data.eval_samples": "8", "train.global_batch": "4", **more})  # fmt: skip
+    job = Job(folder, ranks, {"rank": 0, "step": step, "point": point, "do": "wait", **plant}, overrides | ({"parallel.tensor": "2"} if ranks else {}))
     job.until_it_waits()
     seconds = job.send(number)
     code, said = {signal.SIGTERM: (143, "SIGTERM"), signal.SIGINT: (130, "SIGINT")}[number]

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_plugin.data import generate
+from tests.faults.jobs import slower
 from tests.faults.promises import Case
 
 ROOT = Path(__file__).parents[2]
@@ -60,7 +61,7 @@ def killed(folder: Path, *, point: str, restarts: bool, ranks: int) -> float:
             right = expected[rank][line["step"] - 1]
             assert all(line[name] == right[name] for name in ("step", "loss", "grad_norm", "hash")), (rank, line, right)
         seconds = max(seconds, resumed[0]["at"] - begin)
-    assert seconds <= RESTART_S * _slower(), f"the first step came {seconds:.0f} s after the restart"
+    assert seconds <= RESTART_S * slower(), f"the first step came {seconds:.0f} s after the restart"
     return seconds
 
 
@@ -72,11 +73,6 @@ def undisturbed(ranks: int) -> Path:
     done = _run(_command(folder, ranks, restarts=0), folder, {})
     assert done.returncode == 0, done.stdout[-3000:]
     return folder
-
-
-def _slower() -> float:
-    """How busy the machine is with other things: a limit in seconds is for a quiet one."""
-    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def _data(folder: Path) -> None:

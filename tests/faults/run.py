@@ -16,6 +16,8 @@ from datetime import date
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 from tests.faults.promises import PROMISES, modules
 
 TABLE = Path(__file__).parent.parent / "FAULTS.md"
@@ -37,7 +39,7 @@ def attempt(module: ModuleType) -> dict:
         with tempfile.TemporaryDirectory(prefix="faults-") as scratch:
             try:
                 seconds = case.run(Path(scratch))
-            except Exception:
+            except (Exception, pytest.fail.Exception, pytest.skip.Exception):  # pytest's are not Exceptions; Ctrl-C goes through
                 failed.append(case.name)
                 traceback.print_exc()
                 seconds = None

@@ -16,7 +16,7 @@ AT_LEAST = (80, 9)
 
 def cases(*, full: bool) -> list[Case]:
     kills = KILLS if full else 2
-    return [Case(f"{kills} kills", partial(kill, kills=kills, measured=full), kills)]
+    return [Case(f"{kills} kills", partial(kill, kills=kills, measured=full), kills), Case("kill while a step is saved again", replaced, 2)]
 
 
 def kill(folder: Path, *, kills: int, measured: bool) -> None:
@@ -34,3 +34,11 @@ def kill(folder: Path, *, kills: int, measured: bool) -> None:
         assert answer.get("right"), (trial, answer)
         assert answer["used"] >= max(1, answer["reported"]), (trial, answer)
         assert not answer["left"], (trial, answer)
+
+
+def replaced(folder: Path) -> None:
+    """Between the two renames that put a checkpoint in the place of one of the same step, the old one has another name and the new one none."""
+    trials = [{"rank": 0, "again": True, "kills_at": ".replaced", "asynchronous": asynchronous} for asynchronous in (False, True)]
+    for trial, answer in zip(trials, run(folder, trials), strict=True):
+        assert -9 in answer["codes"] and answer["reported"] == 2, (trial, answer)
+        assert answer.get("used") == 2 and answer["right"] and not answer["left"], (trial, answer)

@@ -3,7 +3,7 @@
     python tests/faults/saving_job.py FOLDER < trials.json       one line of JSON per trial
 
 A trial says after how many operations on files (made, renamed, synced, removed; also by the writer processes) a rank is killed, or from
-which one on its disk is full.  Counting starts at the second save, so that one checkpoint is always there.  Every trial is two ranks forked
+which one on its disk is full, or at a rename to which name it is killed, with step 2 saved twice.  Counting starts at the second save, so that one checkpoint is always there.  Every trial is two ranks forked
 from this process; when one dies the other is killed, as torchrun does.
 """
 
@@ -110,7 +110,7 @@ def _write(place: Path, trial: dict, rank: int, store: Path) -> None:
         files = _Files(trial if trial.get("rank") == rank else {})
         saver = Saver(place / "run", keep=2, asynchronous=trial.get("asynchronous", False))
         try:
-            for step in range(1, STEPS + 1):
+            for step in (1, 2, 2, 3) if trial.get("again") else range(1, STEPS + 1):
                 for chunk in chunks:
                     for weight in chunk.module.parameters():
                         weight.data.fill_(float(step))
@@ -136,9 +136,10 @@ def _read(place: Path, trial: dict, rank: int, store: Path) -> None:
     import torch
 
     from megatron_plugin.trainer.checkpoint import load_checkpoint, usable
-    from megatron_plugin.trainer.saving import Saver
+    from megatron_plugin.trainer.saving import Saver, put_back
 
     with _model(store, rank) as (chunks, optimizer):
+        put_back(place / "run")
         used = usable(place / "run")
         step = load_checkpoint(used, chunks, optimizer, verified=True)["step"]
         right = all(bool(torch.all(weight == step)) for weight in chunks[0].module.parameters())
@@ -182,7 +183,7 @@ class _Files:
                 if number >= self.trial["operation"] and kind in WRITES:
                     raise OSError(self.trial["errno"], os.strerror(self.trial["errno"]))
             result = original(*arguments, **named)
-            if self.trial.get("kills") and number == self.trial["operation"]:
+            if (self.trial.get("kills") and number == self.trial["operation"]) or str(arguments[-1]).endswith(self.trial.get("kills_at", "\0")):
                 if kind == "save":  # cut off
                     os.truncate(arguments[1], os.path.getsize(arguments[1]) // 2)
                 os.kill(self.main, signal.SIGKILL)

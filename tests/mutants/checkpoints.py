@@ -21,5 +21,13 @@ MUTANTS = [
     Mutant("what torch's metadata module has imported may be unpickled", "megatron_plugin/hooks/checkpoint_pickles.py", 'if MODULES[module] is None and getattr(found, "__module__", None) != module:', "if False:", PICKLES),
     Mutant("weights of another rotary base are taken", T + "changes.py", "saved[name] != ours[name]", "False", f"{SAVING} -k refused"),
     Mutant("the batch behind a checkpoint is drawn with older weights", T + "rollouts.py", "any(n and after // n > step // n for n in intervals)", "False", "tests/trainer/test_rollouts.py -k ahead_of_a_checkpoint"),
+    Mutant("a nan is the best for ever", T + "saving.py", "return math.isfinite(value) and (kept", "return (kept", f"{SAVING} -k newest_and_the_best"),
+    Mutant("a checkpoint that was being replaced is lost", T + "run.py", "    put_back(run_dir)\n", "", f"{SAVING} -k being_replaced"),
+    Mutant("a newer version's checkpoint is renamed as damaged", T + "manifest.py", "        if _is_newer(parsed):", "        if False:", f"{SAVING} -k newer_version"),
+    Mutant("a passing error of the disk costs a checkpoint its name", T + "manifest.py", "lasting=isinstance(error, FileNotFoundError)", "lasting=True", f"{SAVING} -k this_time"),
+    Mutant("a full disk under metrics.jsonl ends training", T + "metrics.py", "        except OSError as error:\n            if not self.failed:", "        except KeyError as error:\n            if not self.failed:", "tests/faults/test_faults.py -k refused"),
+    Mutant("a full disk under TensorBoard ends training", T + "metrics.py", "        except OSError as error:\n            self._board = None", "        except KeyError as error:\n            self._board = None", "tests/faults/test_faults.py -k refused"),
+    Mutant("a full disk under rollouts.jsonl ends training", T + "rollouts.py", "        except OSError as error:\n            if not self.unlogged:", "        except KeyError as error:\n            if not self.unlogged:", "tests/trainer/test_rollouts.py -k one_leader_cannot_write"),
+    Mutant("a damaged line of the metrics hides those after it", "megatron_plugin/report/lines.py", "    return [line for line in lines if", "    return [line for line in lines[:1] if", "tests/report/test_run_page.py -k damaged_line"),
     Mutant("a resumed run skips a row", "megatron_plugin/data/order.py", 'self.consumed = state["consumed"]', 'self.consumed = state["consumed"] + 1', "tests/faults/test_faults.py -k data_position"),
 ]

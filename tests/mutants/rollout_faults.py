@@ -5,6 +5,7 @@ from tests.plant import Mutant
 R, T = "megatron_plugin/rollout/", "megatron_plugin/trainer/"
 FLEET, LOST, HTTP = "tests/rollout/test_fleet.py", "tests/rollout/test_fleet_losses.py", "tests/rollout/test_vllm_http.py"
 REWARDS, ROLLOUTS, SERVE, SCORES = "tests/rollout/test_rewards.py", "tests/trainer/test_rollouts.py", "tests/rollout/test_serve.py", "tests/rollout/test_prompt_scores.py"
+POOL, STEPS, EVAL, PROCESS = "tests/rollout/test_worker_pool.py", "tests/trainer/test_onpolicy_steps.py", "tests/trainer/test_evaluating.py", "tests/rollout/test_vllm_process.py"
 MUTANTS = [
     Mutant("an engine that misses one probe is dead", R + "slots.py", "if self.missed >= PROBES:", "if self.missed >= 1:", f"{FLEET} -k suspect_and_in_the_end"),
     Mutant("an engine that misses one deadline is dead", R + "slots.py", "DEADLINES = 2", "DEADLINES = 1", f"{LOST} -k one_deadline"),
@@ -26,5 +27,18 @@ MUTANTS = [
     Mutant("random weights are scored", R + "prompt_scores.py", "if str(version).isdigit():", "if True:", f"{SCORES} -k whose"),
     Mutant("a reward that fails does not say where", R + "reward_worker.py", ' + (_place(error) if task["kind"] == "user" else "")', "", f"{REWARDS} -k always_fails"),
     Mutant("a log fills the disk", R + "server_log.py", "    os.truncate(path, 0)\n", "", "tests/rollout/test_vllm_process.py -k behind_its_writer"),
+    Mutant("a log whose end cannot be kept fills the disk", R + "server_log.py", "with contextlib.suppress(OSError), path.open", "with path.open", f"{PROCESS} -k cannot_be_kept"),
+    Mutant("a server taken for dead is sent the version that it has", T + "engines.py", "            self.recover()\n", "            self.leaders.on_leaders(self._restart)\n            self.sync.send(self.fleet, self.transport, self.version)\n", f"{ROLLOUTS} -k taken_for_dead"),
+    Mutant("127.0.0.2 is another machine", T + "engines.py", "not is_loopback(urlsplit(url).hostname or \"\")", "urlsplit(url).hostname not in (\"127.0.0.1\", \"localhost\")", f"{ROLLOUTS} -k taken_for_dead"),
+    Mutant("a reward worker killed while it waits ends the run", R + "worker_pool.py", "contextlib.suppress(BrokenPipeError)", "contextlib.nullcontext()", f"{POOL} -k killed_while"),
+    Mutant("padding of the vocabulary is taken for a token", R + "vllm_answer.py", "params.vocab_size or vocab_size", "vocab_size", f"{HTTP} -k padding"),
+    Mutant("engines are not told the tokenizer's size", T + "rollouts.py", "vocab_size=self.run.data.vocab_size, **cut", "**cut", f"{STEPS} -k padding"),
+    Mutant("a stray label leaves the other ranks waiting", T + "onpolicy.py", "        self.leaders.raise_first(own)\n", "        if own is not None:\n            raise own\n", f"{STEPS} -k beyond_the_vocabulary"),
+    Mutant("a supervised checkpoint is found out after the engines started", T + "onpolicy.py", "if run.position is not None and not {", "if False and not {", f"{STEPS} -k supervised"),
+    Mutant("a signal drops updates of a batch and nobody is told", T + "onpolicy.py", "if self.pending and (self.guard.signal", "if False and (self.guard.signal", f"{STEPS} -k signal_between"),
+    Mutant("whoever keeps the best is told of updates dropped", T + "onpolicy.py", "if self.pending and (self.guard.signal or", "if self.pending and (True or", f"{STEPS} -k signal_between"),
+    Mutant("the best is saved between the updates of a batch", "megatron_plugin/config/rollout_checks.py", "if config.checkpoint.best and config.train.eval_interval % rollout.updates:", "if False:", "tests/test_rollout_checks.py"),
+    Mutant("eval finds out about top_p from vLLM", T + "evaluating.py", "if not 0 < task.top_p <= 1:", "if False:", f"{EVAL} -k before_vllm"),
+    Mutant("numbers.json holds NaN", T + "answer_numbers.py", "x if x is not None and math.isfinite(x) else None for", "x for", "tests/trainer/test_answer_numbers.py"),
     Mutant("a batch is sampled that nobody trains on", T + "rollouts.py", "return after >= config.train.steps or any(", "return any(", f"{ROLLOUTS} -k evaluation_waits"),
 ]

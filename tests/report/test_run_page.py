@@ -7,6 +7,7 @@ import subprocess
 import pytest
 
 from megatron_plugin.report.environment import read_environment, write_environment
+from megatron_plugin.report.lines import read_metrics
 from megatron_plugin.report.run_page import NoRunError, write_run_page
 from tests.report.runs import HOSTILE, metrics_file, rollouts_file
 
@@ -71,3 +72,11 @@ def test_an_environment_without_git(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     write_environment(tmp_path, ranks=1)
     assert "commit" not in read_environment(tmp_path) and read_environment(tmp_path)["ranks"] == "1"
+
+
+def test_a_damaged_line_of_the_metrics_costs_itself(tmp_path):
+    metrics_file(tmp_path, 3)
+    path = tmp_path / "metrics.jsonl"
+    first, _, third = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + b'{"step": 2, "train/lo\xff\n' + b"\n7\n" + third + b'{"step"')
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 3]

@@ -40,6 +40,8 @@ class FakeEngine:
     def __init__(self, name="fake", *, version=1, faults=None, delay_s=0.0, restart_fails=0):
         self.name, self.weight_version, self.faults = name, version, dict(faults or {})
         self.delay_s, self.restart_fails = delay_s, restart_fails
+        self.newest_version = -1 if version is None else version
+        """That it was ever sent: a server that was only taken for dead still has it after restart()."""
         self.state = Health.HEALTHY if version is not None else Health.STALE
         self.release = threading.Event()
         self.prompts, self.in_flight, self.most_in_flight = [], 0, 0
@@ -94,8 +96,8 @@ class FakeEngine:
     def begin_update(self, version):
         if self.state is Health.DEAD:
             raise EngineLostError(f"{self.name}: connection refused")
-        if self.weight_version is not None and version <= self.weight_version:
-            raise WrongModelError(f"{self.name}: got version {version}, expected one above {self.weight_version}")
+        if version <= self.newest_version:
+            raise WrongModelError(f"{self.name}: got version {version}, expected one above {self.newest_version}")
         self.state, self._coming = Health.STALE, version
 
     def push(self, update_info):
@@ -103,6 +105,7 @@ class FakeEngine:
 
     def finish_update(self):
         self.state, self.weight_version = Health.HEALTHY, self._coming
+        self.newest_version = self._coming
 
     def pause(self):
         self._say("pause")

@@ -17,7 +17,7 @@ def test_all_engines_well(fleet_of, engines):
     generated = fleet_of(*fakes, timeout_s=30).generate(requests(40))
     assert len(generated.completions) == 40 and not (generated.refused or generated.missing or generated.lost)
     answers_match(generated)
-    assert (generated.retried, generated.late, generated.empty, generated.tokens) == (0, 0, 0, 40 * 2 * 3) and generated.seconds > 0
+    assert (generated.retried, generated.late, generated.tokens) == (0, 0, 40 * 2 * 3)
     assert sum(len(fake.prompts) for fake in fakes) == 40, "something was asked twice"
 
 
@@ -108,7 +108,7 @@ def test_another_model_ends_the_run(fleet_of):
 
 def test_empty_completions_are_kept_and_counted(fleet_of):
     generated = fleet_of(FakeEngine(faults={(1, 7): "empty"})).generate(requests(2))
-    assert [c.token_ids for c in generated.completions["k0"]] == [(), ()] and generated.empty == 2 and generated.tokens == 6
+    assert [c.token_ids for c in generated.completions["k0"]] == [(), ()] and generated.tokens == 6
 
 
 def test_no_healthy_engine_costs_no_time(fleet_of):
@@ -147,17 +147,15 @@ def test_words_for_all(fleet_of):
     fleet.mark_lost(dead, "killed")
     fleet.sleep(2)
     fleet.wake()
-    fleet.pause()
-    fleet.resume()
-    assert a.said == ["sleep 2", "wake", "pause", "resume"] and b.said == ["sleep 2"] and dead.said == []
+    assert a.said == ["sleep 2", "wake"] and b.said == ["sleep 2"] and dead.said == []
     assert fleet.dead() == {"b": "b: connection reset", "dead": "killed"}
 
 
 def test_a_word_that_is_refused_is_an_error_after_all_were_told(fleet_of):
-    a, b = FakeEngine("a", faults={"pause": "refuse"}), FakeEngine("b")
-    with pytest.raises(EngineError, match="a cannot pause"):
-        fleet_of(a, b).pause()
-    assert b.said == ["pause"]
+    a, b = FakeEngine("a", faults={"sleep 1": "refuse"}), FakeEngine("b")
+    with pytest.raises(EngineError, match="a cannot sleep 1"):
+        fleet_of(a, b).sleep()
+    assert b.said == ["sleep 1"]
 
 
 MISTAKES = {

@@ -64,7 +64,7 @@ def test_completions_never_leave_the_context(engine, server):
 
 
 def test_empty_completions_are_completions(engine, server):
-    """Without tokens there is nothing whose version could be wrong; they are counted further up (dispatch.py)."""
+    """Without tokens there is nothing whose version could be wrong; they are counted further up (judge.py)."""
     server.choices = [choice(0, (), (), (), "stop"), choice(1) | dict(token_ids=None, logprobs=None, weight_versions=None, finish_reason="stop")]
     assert ask(engine, n=2) == [Completion((), (), "stop", 7)] * 2
 
@@ -93,6 +93,15 @@ def test_answers_that_are_none(engine, server, case):
         ask(engine)
     assert not isinstance(error.value, (EngineLostError, EngineBusyError)), "asking again would not help"
     assert engine.health() is (Health.STALE if "weights" in case else Health.HEALTHY), "of other weights no answer is of use"
+
+
+def test_padding_of_the_vocabulary_is_refused_where_the_request_says_its_size(engine, server):
+    """Models have more columns than their tokenizer has ids: one is drawn in a million, and no trainer has a label for it."""
+    server.choices = [choice(tokens=(5, 300))]
+    assert ask(engine, vocab_size=301)[0].token_ids == ask(engine)[0].token_ids == (5, 300)
+    with pytest.raises(EngineError, match=r"got token 300 in a completion, expected ids in \[0, 300\): padding of the vocabulary") as error:
+        ask(engine, vocab_size=300)
+    assert not isinstance(error.value, (EngineLostError, EngineBusyError)) and engine.health() is Health.HEALTHY
 
 
 def test_an_answer_from_before_an_update_does_not_spoil_the_update(engine, server):

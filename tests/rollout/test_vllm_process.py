@@ -195,6 +195,15 @@ def test_a_log_that_is_appended_to_may_be_emptied_behind_its_writer(tmp_path, mo
     assert path.read_bytes() == b"again" and (tmp_path / "engine.log.1").read_bytes() == b"a" * 5 + b"b" * 5
 
 
+def test_a_log_is_emptied_where_its_end_cannot_be_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(server_log, "LOG_BYTES", 100)
+    monkeypatch.setattr(server_log, "KEPT_BYTES", 10)
+    path = tmp_path / "engine.log"
+    path.write_bytes(b"a" * 101)
+    (tmp_path / "engine.log.1").mkdir()  # refuses to be written, as a full disk does
+    assert server_log.cap_log(path) and path.stat().st_size == 0
+
+
 def test_a_server_that_takes_too_long_is_ended(vllm, folder, tmp_path):
     before = set(_children())
     with pytest.raises(EngineLostError, match="is not ready after"):
@@ -252,6 +261,9 @@ def test_processes_of_a_group():
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    end = time.monotonic() + 10  # its child, which nobody here waits for
+    while _members(process.pid) and time.monotonic() < end:
+        time.sleep(0.01)
     assert not _members(process.pid)
 
 

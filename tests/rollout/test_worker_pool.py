@@ -75,6 +75,15 @@ def test_an_answer_is_asked_again_of_a_fresh_worker(reward_of):
     assert reward.counts["worker memory"] == reward.counts["worker again"] == 1
 
 
+def test_a_worker_that_was_killed_while_it_waited_costs_nothing(reward_of):
+    """As by the kernel when memory is short: the next answer, which finds the pipe broken, is judged by a fresh one."""
+    reward = reward_of(f"{USER}.by_word")
+    worker = int(reward(samples("pid"))[0].reward)
+    os.kill(worker, signal.SIGKILL)
+    _assert_gone(worker)
+    assert causes(reward(samples("good", "good"))) == ["scored"] * 2 and reward.counts["worker again"] == 1
+
+
 def test_several_workers_answer_at_once(reward_of):
     reward = reward_of(f"{USER}.by_word", timeout_s=2 * LIMIT_S, workers=4)
     results = reward(samples("pid", "sleep", "pid", "pid", "sleep", "pid", "pid", "pid"))

@@ -1,17 +1,20 @@
-"""What the rank processes of test_scorer.py and test_onpolicy_steps.py run: scores and optimizer steps, over the engines of rollout_ranks.py."""
+"""What the rank processes of test_scorer.py, test_onpolicy_steps.py and one of test_rollouts.py run: scores and optimizer steps, over the engines of rollout_ranks.py."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import torch
 
-from megatron_plugin.data import IGNORE_INDEX, Sample
+from megatron_plugin.data import IGNORE_INDEX, RowOrder, Sample
+from megatron_plugin.trainer import engines
 from megatron_plugin.trainer.mixed import mix, score
+from megatron_plugin.trainer.onpolicy import OnPolicy
 from megatron_plugin.trainer.run import start
 from megatron_plugin.trainer.scorer import Scorer
 from megatron_plugin.trainer.sources import is_expert
-from tests.trainer.rollout_ranks import config_of, on_policy, one_world, outcome
+from tests.trainer.rollout_ranks import config_of, on_policy, one_world, outcome, warnings
 
 
 def _rollout(tokens: list[int], advantage: float, number: int) -> Sample:
@@ -74,13 +77,47 @@ def reference(group, *, overrides: dict) -> dict:
         return {name: max(float((a - b).abs().max()) for a, b in zip(columns, other, strict=True)) for name, other in (("start", start_), ("now", now))}
 
 
+def resumes_supervised(group, *, overrides: dict) -> tuple[tuple[str, str], int]:
+    """(what the trainer says of the position that supervised training leaves, engines started)."""
+    config, started = config_of(group, overrides), []
+    with one_world(config), patch.object(engines, "start_engine", started.append):
+        run = start(config)
+        run.position = RowOrder(4, 2, 1).state_dict() | {"guard": {}}
+        return outcome(lambda: OnPolicy(run))[:2], len(started)
+
+
+def between_updates(group, *, overrides: dict) -> list[list[str]]:
+    """What is said when the position between two updates of a batch is saved: by whoever keeps the best, and after a signal."""
+    with on_policy(group, overrides | {"rollout.updates": 2}) as source:
+        source.step()
+        found = []
+        for source.guard.signal in (0, 15):
+            with warnings() as said:
+                source.position()
+            found.append(list(said))
+        return found
+
+
 def steps(group, *, overrides: dict, count: int, right: str = "first", faults: dict | None = None) -> dict:
     """`count` steps: of each the means, or what it raised; the experts and rollouts among the samples that were pending; the prompts engines were asked."""
     with on_policy(group, overrides, right=lambda number, index: index == 0, faults=faults) as source:
         found: dict = {"means": [], "raised": [], "pending": []}
-        for _ in range(count):
+
+        def step() -> None:
             if not source.pending:
                 source.pending = source._batch(with_rollouts=bool(source.sources(source.run.step)[1].share))
                 found["pending"] += [[is_expert(sample) for sample in part.samples] for part in source.pending]
-            found["raised"].append(outcome(lambda: found["means"].append(source.step()))[:2])
+            found["means"].append(source.step())
+
+        found["raised"] += [outcome(step)[:2] for _ in range(count)]
         return found | {"asked": sum(len(fake.prompts) for fake in source.fakes), "prompts": source.position()["prompts"]["consumed"]}
+
+
+def lost_between(group, *, overrides: dict) -> dict:
+    """An evaluation and a rollout batch at the same step; in between the server is late for longer than the fleet waits, and is taken for dead."""
+    with on_policy(group, overrides) as source:
+        rollouts, (server,) = source.rollouts, source.fakes
+        rollouts.evaluate()
+        rollouts.engines.fleet.mark_lost(server, "late")
+        groups, _ = rollouts.batch()
+        return {"answers": [len(g.judged.completions) for g in groups], "sent": server.sent, "restarts": server.restarts}

@@ -45,11 +45,12 @@ SERVERS = {"rollout.engine": "server", "rollout.transfer": "shm"}
 
 
 class Sampler(FakeEngine):
-    """Answers "What is 7?" with "#### 7" or a wrong number, one of `right(7, index)`.  What went wrong may be keyed by the question's number, "q7".
+    """Answers "What is 7?" with "#### 7" or a wrong number, one of `right(7, index)`.  What went wrong may be keyed by the question's number, "q7", and be
+    an answer with a padding token of the vocabulary: "padding" is refused as VLLMEngine does it, where the request says its size, "stray" never is.
 
     Says no while it sleeps, as VLLMEngine does.  An update while it samples is a fault of the trainer's: AssertionError."""
 
-    backend, newest_version = SharedMemory.backend, -1
+    backend = SharedMemory.backend
 
     def __init__(self, name: str, run: Run, *, right: Callable[[int, int], bool], **options):
         super().__init__(name, version=None, **options)
@@ -65,11 +66,15 @@ class Sampler(FakeEngine):
     def _answer(self, fault, prompt_ids, params):
         number = int(re.search(r"What is (\d+)", self.run.data.tokenizer.decode(prompt_ids))[1])
         fault = fault or self.faults.get(f"q{number}")
+        if fault == "padding" and params.vocab_size == self.run.data.vocab_size:
+            raise EngineError(f"{self.name}: got token {params.vocab_size} in a completion")
         if fault == "die":
             self.release.wait(0.15)  # when the others of the batch have their answers
             while self.in_flight > 1 and not self.release.wait(0.05):
                 pass
         completions = super()._answer(fault, prompt_ids, params)
+        if fault in ("padding", "stray"):
+            return [replace(c, token_ids=(self.run.data.vocab_size,), logprobs=(-1.5,)) for c in completions]
         if fault:
             return completions
         texts = [f"#### {number if self.right(number, index) else number + 1}" for index in range(len(completions))]
@@ -167,7 +172,7 @@ def outcome(act: Callable[[], object]) -> tuple[str, str, float]:
 
 
 @contextlib.contextmanager
-def _warnings() -> Iterator[list[str]]:
+def warnings() -> Iterator[list[str]]:
     """What is logged inside."""
     said: list[str] = []
     handler = logging.Handler()
@@ -219,7 +224,7 @@ def ahead(group, *, overrides: dict, faults: dict, steps: int, evaluates_at: int
 def refuses(group, *, overrides: dict, numbers: list[int]) -> dict:
     """A batch of which the engine refuses some prompts."""
     faults = {f"fake{rank}": {f"q{number}": "refuse" for number in numbers} for rank in range(2)}
-    with on_policy(group, overrides, faults=faults) as source, _warnings() as said:
+    with on_policy(group, overrides, faults=faults) as source, warnings() as said:
         groups, metrics = source.rollouts.batch()
         return {"sources": [g.judged.prompt.source for g in groups], "metrics": metrics, "said": said}
 
@@ -245,18 +250,20 @@ def _broken(name: str, source: OnPolicy, error: Exception):
 
 
 def one_leader_fails(group, *, overrides: dict, cases: list[str]) -> dict:
-    """What each rank is told where the second leader's judge, log, sleep or transport fails; then a batch as if nothing had been."""
+    """What each rank is told where the second leader's judge, sleep or transport fails; then two batches that it cannot log, and one as if nothing had been."""
     with on_policy(group, overrides) as source:
         rollouts, found = source.rollouts, {}
         rollouts.engines.sync.bucket_bytes = 2048  # several buckets
         for name in cases:
-            sends = name not in ("judge", "log", "sleep")
+            sends = name not in ("judge", "sleep")
             rollouts.engines.sleeps = name == "sleep"
             source.run.step += sends  # so that there is something to send
             error = OSError(28, f"no space left for {name}")
             with _broken(name, source, error) if group.rank() == 1 else contextlib.nullcontext():
                 found[name] = outcome((lambda: rollouts.engines.refresh(source.run.step)) if sends else rollouts.batch)
         rollouts.engines.sleeps = False
+        with _broken("log", source, OSError(28, "no space left")) if group.rank() == 1 else contextlib.nullcontext():
+            found["unlogged"] = [rollouts.batch()[1]["log/rollouts_failed"] for _ in range(2)]
         groups, metrics = rollouts.batch()
         return found | {"after": ([len(g.judged.completions) for g in groups], metrics["rollout/samples"], sorted(source.fakes[0].sent.values())[-1])}
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import logging
+import math
 import os
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def kept(group, *, run_dir: Path) -> dict:
         dist.barrier()
         saver = Saver(run_dir, keep=2, best="eval/heldout_nll")
         found["after the restart"] = sorted(path.name for path in folder.iterdir())
-        found["better"] = [saver.is_better(value) for value in (2.5, 2.0, 1.9)]
+        found["better"] = [saver.is_better(value) for value in (2.5, 2.0, 1.9, math.nan)]
         found["other metric"] = Saver(run_dir, keep=2, best="eval/heldout_accuracy").is_better(0.0)
         dist.barrier()
         for step in (4, 5):
@@ -63,7 +64,7 @@ def kept(group, *, run_dir: Path) -> dict:
 
 def tried(group, *, run_dir: Path) -> dict:
     """In which order a resume tries checkpoints, and what it does with damaged ones."""
-    from megatron_plugin.trainer.checkpoint import candidates, set_aside, usable
+    from megatron_plugin.trainer.checkpoint import candidates, usable
     from megatron_plugin.trainer.saving import Saver
 
     folder, said, found = Path(run_dir) / "checkpoints", [], {}
@@ -90,9 +91,7 @@ def tried(group, *, run_dir: Path) -> dict:
                 path = folder / "step_00000007" / "common.pt"
                 path.write_bytes(path.read_bytes()[:-1])
             dist.barrier()
-            used = usable(run_dir)
-            found["used"] = used.name
-            set_aside(run_dir, used)
+            found["used"] = usable(run_dir, rename=True).name
             found["names"] = sorted(path.name for path in folder.iterdir() if path.is_dir())
             found["said"] = said
     finally:

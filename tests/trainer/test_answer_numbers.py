@@ -1,12 +1,13 @@
 """The numbers of `megatron-plugin eval`."""
 
 import itertools
+import json
 import math
 
 import pytest
 
 from megatron_plugin.report.page import write_page
-from megatron_plugin.trainer.answer_numbers import answers_page, pass_at_k, summed_up
+from megatron_plugin.trainer.answer_numbers import answers_page, numbers_json, pass_at_k, summed_up
 from tests.report.runs import HOSTILE
 
 
@@ -50,6 +51,7 @@ def test_lengths_and_cuts():
     line = {"line": 1, "source": "q:1", "prompt": "p", "reference": "1", "greedy": answer(True, 2), "sampled": [answer(False, 6, "length"), answer(False, 4)]}
     numbers = summed_up([line], n=2).numbers
     assert numbers["tokens of an answer"][0] == 4 and numbers["cut off"][0] == pytest.approx(1 / 3) and math.isnan(numbers["cut off"][1])
+    assert json.loads(numbers_json({"cut off": numbers["cut off"], "nll": [2.5, None]})) == {"cut off": [pytest.approx(1 / 3), None], "nll": [2.5, None]}
 
 
 def test_greedy_alone():

@@ -1,11 +1,16 @@
 """What a run refuses, before any weight changes, and how the process ends."""
 
 import json
+import types
 
 import pytest
 import safetensors
+import torch
 
+from megatron_plugin.data import PackedBatch
 from megatron_plugin.report.lines import read_metrics
+from megatron_plugin.trainer import replay
+from megatron_plugin.trainer.guard import Seen
 from tests.spawn import on_ranks
 
 RANKS = "tests.trainer.ranks"
@@ -41,11 +46,11 @@ def test_a_step_without_a_loss_token_names_its_samples(tmp_path):
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_loss_that_is_not_a_number_stops_every_rank_before_the_weights_change(size, tmp_path):
     run_dir = tmp_path / "run"
-    overrides = {"run_dir": run_dir, "loss.name": "tests.losses.user_losses.becomes_nan", "train.steps": 5} | ({"parallel.tensor": 2} if size == 2 else {})
+    overrides = {"run_dir": run_dir, "loss.name": "tests.losses.user_losses.becomes_nan", "train.steps": 5, "checkpoint.interval": 1} | ({"parallel.tensor": 2} if size == 2 else {})
     message = _error(size, **overrides)
     ranks = "rank 0" if size == 1 else "ranks 0, 1"
     assert f"NonFiniteError: step 3: the loss is nan on {ranks}, micro-batch 0, 1 of the step, no weight was changed; the step's samples: " in message
-    assert "train.jsonl:" in message and "3 in a row, train.max_nonfinite is 3" in message and not (run_dir / "checkpoints").exists()
+    assert "train.jsonl:" in message and "3 in a row, train.max_nonfinite is 3" in message and not (run_dir / "checkpoints").exists(), "none is saved meanwhile"
     lines = read_metrics(run_dir)
     assert [line["step"] for line in lines] == [1, 2] and [line["guard/skipped_steps"] for line in lines] == [1, 2], "the third ends the run"
     assert lines[0]["train/loss"] is None and lines[1]["train/nll"] == pytest.approx(lines[0]["train/nll"], rel=0.05), "other samples, the same weights"
@@ -121,3 +126,43 @@ def test_a_new_learning_rate_holds_after_a_resume(tmp_path):
     lines = on_ranks(1, RANKS, "train", overrides=BASE | {
         "run_dir": tmp_path / "run", "checkpoint.resume": "auto", "train.steps": 5, "train.lr": 1e-5, "train.lr_decay": "constant"})[0]
     assert lines[-1]["train/lr"] == pytest.approx(1e-5)
+
+
+@pytest.fixture
+def keep(monkeypatch, tmp_path):
+    """replay.keep of a step with one bad micro-batch, on a rank, rank 0 having said whether it made the folder; the folder."""
+    run = types.SimpleNamespace(config=types.SimpleNamespace(run_dir=str(tmp_path), seed=1, train=types.SimpleNamespace(micro_batch=1)))
+    seen = Seen(PackedBatch(*(torch.zeros(1, 2) for _ in range(5))), torch.ones(1, 2).bool(), torch.zeros(1, 2))
+    guard = types.SimpleNamespace(run=run, seen=[seen])
+    monkeypatch.setattr(replay, "groups", lambda: types.SimpleNamespace(tp=types.SimpleNamespace(rank=lambda: 0)))
+
+    def kept(step, *, rank=0, made=None):
+        monkeypatch.setattr(replay.dist, "get_rank", lambda: rank)
+        monkeypatch.setattr(replay, "exchange", lambda own: [own if rank == 0 else made])
+        return replay.keep(guard, step, "nan", [{"rank": rank, "micro_batches": [0]}], ["x.jsonl:1"])
+
+    return kept, tmp_path / "replay"
+
+
+def test_a_step_that_cannot_be_kept_does_not_end_the_run(keep, capsys, monkeypatch):
+    kept, folder = keep
+
+    def refuses(*_):
+        raise safetensors.SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(replay, "save_file", refuses)
+    assert kept(1) is None and "No space left on device" in capsys.readouterr().out
+    folder.joinpath("step_00000001").rmdir()
+    folder.rmdir()
+    folder.touch()
+    assert kept(2) is None and "cannot keep the step" in capsys.readouterr().out
+
+
+def test_one_rank_counts_the_kept_steps_and_makes_the_folder(keep):
+    kept, folder = keep
+    assert kept(77, rank=3, made=False) is None and not folder.exists()
+    for step in range(replay.MOST):
+        assert kept(step) == folder / f"step_{step:08d}"
+    assert kept(replay.MOST) is None and len(list(folder.iterdir())) == replay.MOST
+    assert kept(replay.MOST - 1), "the same step of a resumed run"
+    assert kept(0, rank=3, made=True) and (folder / "step_00000000/rank_3.safetensors").exists()

@@ -3,13 +3,16 @@
 import json
 import random
 import signal
+import types
 
 import pytest
 import torch
 
 from megatron_plugin.data import DataError, Sample
 from megatron_plugin.report.lines import read_metrics
-from megatron_plugin.trainer import signals
+from megatron_plugin.trainer import guard as guards
+from megatron_plugin.trainer import loop, signals
+from megatron_plugin.trainer.guard import Seen
 from megatron_plugin.trainer.labels import check_labels
 from megatron_plugin.trainer.spikes import LEAST, Spikes
 from tests.spawn import on_ranks
@@ -105,3 +108,77 @@ def test_what_can_be_given_up_is_broken_off_at_once():
         assert signals.asked() == signal.SIGTERM
     error = signals.stopped(signal.SIGTERM, "saved"), signals.stopped(signal.SIGINT, "saved")
     assert [x.exit_code for x in error] == [143, 130] and str(error[1]) == "stopped by SIGINT: saved"
+
+
+def test_a_second_signal_breaks_nothing_off(monkeypatch):
+    """The first one has: what runs now is the last save.  One that comes on the way out of `breaking` leaves its mark set."""
+    with signals.caught():
+        monkeypatch.setattr(signals, "_breaking", True)
+        with pytest.raises(signals.LeaveError):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+    with signals.caught():
+        signal.raise_signal(signal.SIGTERM)
+        assert signals.asked()
+
+
+@pytest.fixture
+def leaving(monkeypatch):
+    """(loop, what was called) of a run at step 5 of 9, whose saver says what `saved` it has once it has finished."""
+    called = []
+    saver = types.SimpleNamespace(saved=3, finish=lambda: called.append("finish"))
+    run = types.SimpleNamespace(step=5, saver=saver, config=types.SimpleNamespace(train=types.SimpleNamespace(steps=9), run_dir="runs/x"))
+    source, log = types.SimpleNamespace(position=lambda: None), types.SimpleNamespace(close=lambda: called.append("close"))
+    monkeypatch.setattr(loop, "save", lambda run, position, *, wait: called.append(f"save {run.step} {wait}"))
+    monkeypatch.setattr(signals, "agreed", lambda: signal.SIGTERM)
+    monkeypatch.setattr(signals, "asked", lambda: signal.SIGTERM)
+    return loop._Loop(run, source, log, began_at=2), called
+
+
+def test_what_a_signal_finds_unsaved_is_saved(leaving):
+    """Also where the save of this step was begun, and failed."""
+    left, called = leaving
+    with pytest.raises(signals.StoppedError, match="step 5 of 9 is saved"):
+        left.leave_if_stopped(signals.LeaveError())
+    assert called == ["finish", "save 5 True", "close"]
+    for saved, began_at in ((5, 2), (None, 5)):
+        called.clear()
+        left.run.saver.saved, left.began_at = saved, began_at
+        with pytest.raises(signals.StoppedError):
+            left.leave_if_stopped(signals.LeaveError())
+        assert called == ["finish", "close"]
+
+
+def test_an_error_of_its_own_is_no_stop(leaving):
+    """Though a signal came and all is saved: only what a lost peer leaves behind is, and alone a rank enters no collective."""
+    left, called = leaving
+    left.run.saver.saved = 5
+    left.leave_if_stopped(loop.NonFiniteError("step 6"))
+    assert called == []
+    with pytest.raises(signals.StoppedError):
+        left.leave_if_stopped(RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"))
+    assert called == ["close"]
+    left.run.saver.saved = 3
+    left.leave_if_stopped(RuntimeError("Connection closed by peer"))
+
+
+@pytest.mark.parametrize("active", [False, True], ids=["first rank", "last rank"])
+def test_interleaved_chunks_are_told_apart(active, monkeypatch):
+    """Two chunks of a rank, two micro-batches; a chunk without the head is watched wherever it is, and the first bad one in the model's order counts."""
+    chunks = [torch.nn.Identity(), torch.nn.Identity()]
+    run = types.SimpleNamespace(position=None, handle=types.SimpleNamespace(active=active), chunks=chunks,
+                                config=types.SimpleNamespace(train=types.SimpleNamespace(spike_factor=10.0), rollout=None))  # fmt: skip
+    pipeline = types.SimpleNamespace(rank=lambda: int(active), size=lambda: 2)
+    monkeypatch.setattr(guards, "groups", lambda: types.SimpleNamespace(pp=pipeline, dp=pipeline))
+    monkeypatch.setattr(guards.dist, "get_rank", lambda: 0)
+    guard = guards.Guard(run)
+    monkeypatch.setattr(guard, "_gradient_lost", lambda: torch.zeros(()))
+    good, bad = torch.ones(2), torch.tensor([1.0, torch.nan])
+    for first, later, expected in ((bad, bad, 0), (good, bad, 1)):
+        guard.begin()
+        for chunk, value in ((0, good), (1, good), (0, first), (1, later)):
+            chunks[chunk](value.requires_grad_())
+        if active:
+            guard.seen = [Seen(None, torch.ones(2).bool(), value.detach()) for value in (good, later)]
+        found = guard.found()
+        assert (found["stage"], found["micro_batches"]) == (2 * expected + int(active), [1])

@@ -47,11 +47,12 @@ def test_with_mu_1_engines_are_asked_for_nothing(data, tmp_path, option):
 
 @pytest.fixture(scope="module")
 def refused(data) -> list[dict]:
-    """A step of two leaders whose engines refuse everything, and one where the second's do."""
+    """A step of two leaders whose engines refuse everything, one where the second's do, and ones where the second's answers cannot be trained on."""
     calls = {
         name: (f"{RANKS}:steps", {"count": 1, "faults": {fake: dict.fromkeys(ALL, "refuse") for fake in fakes}})
         for name, fakes in (("both", ["fake0", "fake1"]), ("second", ["fake1"]))
     }
+    calls |= {fault: (f"{RANKS}:steps", {"count": 1, "faults": {"fake1": {f"q{i}": fault for i in range(16)}}}) for fault in ("padding", "stray")}
     return on_ranks(2, "tests.trainer.rollout_ranks", "several", base=data | {"rollout.engines": 2}, calls=calls)
 
 
@@ -65,3 +66,25 @@ def test_a_rank_without_a_completion_takes_part_in_the_step(refused):
     first, second = (rank["second"] for rank in refused)
     assert first["pending"] == [[False] * 4] and second["pending"] == [[]]
     assert first["raised"] == second["raised"] == [("", "")] and first["means"][0]["lm loss"] == second["means"][0]["lm loss"]
+
+
+def test_an_answer_with_padding_of_the_vocabulary_is_refused(refused):
+    """The engine is told the tokenizer's size."""
+    first, second = (rank["padding"] for rank in refused)
+    assert first["raised"] == second["raised"] == [("", "")] and [first["pending"], second["pending"]] == [[[False] * 4], [[]]]
+
+
+def test_a_label_beyond_the_vocabulary_ends_every_rank(refused):
+    """At once: the other one does not wait for it where rows are shared out."""
+    (told,), (own,) = (rank["stray"]["raised"] for rank in refused)
+    assert own[0] == "DataError" and "got label" in own[1] and own[1].endswith("(exit 4)") and told == ("RemoteError", f"DataError: {own[1]}")
+
+
+def test_the_position_of_supervised_training_is_refused_before_an_engine_is_started(data, tmp_path):
+    (kind, said), started = on_ranks(1, RANKS, "resumes_supervised", overrides=data | {"run_dir": tmp_path / "run"})[0]
+    assert kind == "DataError" and "the checkpoint is of supervised training" in said and said.endswith("(exit 4)") and started == 0
+
+
+def test_a_signal_between_the_updates_of_a_batch_says_what_is_left_out(data, tmp_path):
+    before, after = on_ranks(1, RANKS, "between_updates", overrides=data | {"run_dir": tmp_path / "run"})[0]
+    assert before == [] and len(after) == 1 and "step 1 is saved between the updates of a rollout batch: the 1 that are left of rollout.updates=2" in after[0]

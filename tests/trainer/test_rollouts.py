@@ -12,7 +12,7 @@ RANKS = "tests.trainer.rollout_ranks"
 FIRST, SECOND = "http://127.0.0.1:1", "http://127.0.0.1:2"
 AHEAD = {**SERVERS, "rollout.max_staleness": 1, "loss.tis": 2, "rollout.max_restarts": 2}
 REWARDS = {"first below 0": [[-1.0, -0.5], [0.75]], "second below 0": [[0.75], [-1.0, -0.5]]}
-BROKEN = ["judge", "log", "sleep", "open", "start_bucket", "write", "deliver", "end_bucket"]
+BROKEN = ["judge", "sleep", "open", "start_bucket", "write", "deliver", "end_bucket"]
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,13 @@ def test_engines_that_slept_with_the_newest_weights_are_woken(data, tmp_path):
     assert found["evaluated"] == {"eval/heldout_reward_greedy": 1.0}
     assert found["answers"] == [2] * 4 and found["metrics"]["rollout/refused"] == 0
     assert found["words"] == ["sleep 1", "wake", "sleep 1"] and found["sent"] == {0: 0}, "the weights of step 0 were sent once"
+
+
+def test_a_server_taken_for_dead_that_has_the_newest_weights_gets_them_again(data, tmp_path):
+    """It kept its version, and versions only go up."""
+    overrides = {"run_dir": tmp_path / "run", **SERVERS, "rollout.url": "[http://127.0.0.2:1]"}  # loopback is all of 127.0.0.0/8
+    found = on_ranks(1, "tests.trainer.policy_ranks", "lost_between", overrides=data | overrides)[0]
+    assert found == {"answers": [2] * 4, "sent": {0: 0, 1: 0}, "restarts": 1}
 
 
 @pytest.mark.parametrize("urls, number, restarts, stale", [
@@ -108,6 +115,12 @@ def test_what_fails_on_one_leader_ends_every_rank(leaders, broken):
     (kind, said, seconds), own = (rank["fails"][broken] for rank in leaders["ranks"])
     assert own[:2] == ("OSError", f"[Errno 28] no space left for {broken} (exit 1)")
     assert (kind, said) == ("RemoteError", f"OSError: {own[1]}") and seconds < 5
+
+
+def test_a_log_that_one_leader_cannot_write_is_counted(leaders):
+    """And ends nothing: the batch is trained on."""
+    for rank in leaders["ranks"]:
+        assert rank["fails"]["unlogged"] == [1.0, 2.0]
 
 
 def test_after_a_failure_every_rank_is_where_the_others_are(leaders):

@@ -1,5 +1,8 @@
 """Checkpoints on disk: which are kept, in which order a resume tries them, what is on disk when, what a failed save does."""
 
+import errno
+import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -7,9 +10,12 @@ import pytest
 
 from megatron_plugin.config import load_config, save_config
 from megatron_plugin.report.lines import read_metrics
+from megatron_plugin.trainer import manifest
 from megatron_plugin.trainer.changes import changed_settings, refuse_other_model
-from megatron_plugin.trainer.checkpoint import CheckpointError
+from megatron_plugin.trainer.checkpoint import CheckpointError, usable
+from megatron_plugin.trainer.manifest import NewerFormatError, digest
 from tests import tolerances as tol
+from tests.faults.checkpoint_damage import make, world_of_one
 from tests.spawn import on_ranks
 
 RANKS, GOLDEN = "tests.trainer.saving_ranks", Path(__file__).parent / "golden"
@@ -18,7 +24,7 @@ RANKS, GOLDEN = "tests.trainer.saving_ranks", Path(__file__).parent / "golden"
 def test_the_newest_and_the_best_are_kept(tmp_path):
     for found in on_ranks(2, RANKS, "kept", run_dir=tmp_path):
         assert found["after the restart"] == ["best", "latest", "step_00000002", "step_00000003"], "1 was removed; what an interrupted save left is gone"
-        assert found["better"] == [False, False, True], "the best of the run before the restart counts, lower is better"
+        assert found["better"] == [False, False, True, False], "the best of the run before the restart counts, lower is better, nan is not"
         assert found["other metric"], "another metric has no best yet"
         assert found["names"] == ["best", "latest", "step_00000002", "step_00000004", "step_00000005"]
         assert found["latest"] == "step_00000005\n" and found["best"] == {"checkpoint": "step_00000002", "metric": "eval/heldout_nll", "value": 2.0}
@@ -92,3 +98,46 @@ def test_a_checkpoint_of_the_first_format_is_loaded(tmp_path):
         for name in ("train/loss", "train/grad_norm", "train/lr"):
             assert ours[name] == pytest.approx(theirs[name], abs=tol.LAYOUTS, rel=0), (ours["step"], name)
     assert (run / "checkpoints/step_00000004/manifest.json").exists()
+
+
+def test_a_checkpoint_that_was_being_replaced_is_resumed(problems, tmp_path):
+    """As a kill between the two renames leaves it: step_N has no name but step_N.replaced."""
+    steps = problems | {"run_dir": tmp_path / "run", "train.steps": 1, "train.warmup_steps": 0, "checkpoint.interval": 0, "train.eval_interval": 0,
+                        "checkpoint.resume": "auto", "train.global_batch": 4, "data.eval_samples": 2, "data.eval_answers": 0}  # fmt: skip
+    before = on_ranks(1, "tests.trainer.ranks", "train", overrides=steps)[0]
+    whole = tmp_path / "run/checkpoints/step_00000001"
+    whole.rename(whole.with_suffix(".replaced"))
+    after = on_ranks(1, "tests.trainer.ranks", "train", overrides=steps | {"train.steps": 2})[0]
+    assert after[:1] == before and len(after) == 2, "the first step was not done again"
+
+
+@pytest.fixture
+def alone(tmp_path):
+    with world_of_one(tmp_path):
+        yield tmp_path / "run"
+
+
+def test_a_checkpoint_of_a_newer_version_is_not_taken_for_damage(alone):
+    make(alone, 2)
+    path = make(alone, 4) / "manifest.json"
+    newer = {"files": {"later.bin": {"bytes": 1}}, "format": 3, "signed": True}
+    path.write_text(json.dumps(newer | {"sha256": hashlib.sha256(json.dumps(newer, sort_keys=True).encode()).hexdigest()}))
+    with pytest.raises(NewerFormatError, match=r"step_00000004/manifest.json: got format 3, expected at most 2: it was written by a newer version") as raised:
+        usable(alone, rename=True)
+    assert raised.value.exit_code == 3 and path.exists(), "it has its name still"
+
+
+def test_what_could_not_be_read_this_time_keeps_its_name(alone, monkeypatch, caplog):
+    good, unreadable = make(alone, 2), make(alone, 4)
+
+    def refuses(path):
+        if path.parent == unreadable:
+            raise OSError(errno.EIO, "Input/output error")
+        return digest(path)
+
+    with monkeypatch.context() as disk:
+        disk.setattr(manifest, "digest", refuses)
+        assert usable(alone, rename=True) == good and unreadable.exists()
+    assert "step_00000004 cannot be used" in caplog.text and "Input/output error" in caplog.text
+    (unreadable / "common.pt").unlink()
+    assert usable(alone, rename=True) == good and unreadable.with_suffix(".damaged").exists()

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from megatron_plugin.data.errors import some_of
 from megatron_plugin.hooks.mcore import groups
+from megatron_plugin.trainer.checkpoint import newest
 from megatron_plugin.trainer.guard import Guard, Verdict
 from megatron_plugin.trainer.manifest import exchange
 
@@ -92,11 +93,14 @@ def _tensors(guard: Guard, index: int) -> dict[str, Any]:
 def _write_step(folder: Path, run: Any, record: dict[str, Any]) -> None:
     lines = [line for source in record["samples"] if (line := _line(source)) is not None]
     run_dir = run.config.run_dir
+    weights = f"checkpoint.init={run_dir} " if newest(run_dir) else ""
     record["command"] = (
-        f"megatron-plugin train {run_dir}/config.yaml run_dir={folder}/again data.train={folder}/samples.jsonl checkpoint.resume=auto "
-        f"checkpoint.init={run_dir} train.steps=1 train.warmup_steps=0 train.global_batch={run.config.train.micro_batch} train.max_nonfinite=1"
+        f"megatron-plugin train {run_dir}/config.yaml run_dir={folder}/again data.train={folder}/samples.jsonl data.tokenizer={run_dir}/tokenizer "
+        f"checkpoint.resume=auto {weights}train.steps=1 train.warmup_steps=0 data.packing=false train.micro_batch=1 train.global_batch={max(1, len(lines))} "
+        "train.max_nonfinite=1"
     )
-    record["note"] = "the command starts from the run's newest checkpoint, on one rank unless started with torchrun; leave checkpoint.init out where there is none"
+    record["note"] = (f"the command trains on every sample of the list, each in a row of its own, {'from the newest checkpoint' if weights else 'from the weights of the start'}, "
+                      "on one rank unless started with torchrun")  # fmt: skip
     (folder / "samples.jsonl").write_bytes(b"".join(lines))
     (folder / "step.json").write_text(json.dumps(record, indent=1) + "\n")
 

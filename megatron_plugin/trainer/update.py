@@ -62,7 +62,7 @@ def _held_back(guard: Guard, verdict: Verdict, means: dict[str, float], samples:
     step, most = guard.run.step + 1, guard.run.config.train.max_nonfinite
     sentence, ranks, sources = replay.describe(guard, verdict, means, samples)
     folder = replay.keep(guard, step, sentence, ranks, sources)
-    text = f"step {step}: {sentence}" + (f"; to try again: {folder}/step.json" if folder else "")
+    text = f"step {step}: {sentence}" + (f"; the command that tries it again is in {folder}/step.json" if folder else "")
     if guard.in_a_row >= most:
         raise NonFiniteError(f"{text}; {guard.in_a_row} in a row, train.max_nonfinite is {most}")
     if dist.get_rank() == 0:

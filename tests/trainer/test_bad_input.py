@@ -69,7 +69,8 @@ def test_a_step_that_was_held_back_can_be_tried_again(tmp_path):
     with safetensors.safe_open(folder / "rank_0.safetensors", "pt") as file:
         assert file.get_tensor("0.tokens").shape == file.get_tensor("0.labels").shape == (2, 64)
         assert file.get_tensor("0.loss")[file.get_tensor("0.live")].isnan().any()
-    words = dict(word.split("=", 1) for word in record["command"].split()[3:] if "checkpoint.init" not in word)  # there is no checkpoint yet
+    words = dict(word.split("=", 1) for word in record["command"].split()[3:])
+    assert "checkpoint.init" not in words and int(words["train.global_batch"]) == len(lines) > 2, "there is no checkpoint yet; every sample is tried"
     assert "NonFiniteError: step 1: the loss is nan" in _error(**words | {"loss.name": "tests.losses.user_losses.becomes_nan"})
 
 

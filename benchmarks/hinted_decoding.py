@@ -27,6 +27,7 @@ from megatron_plugin.data import train_tokenizer
 from megatron_plugin.rollout.hinted.decode import HintedDecoder, HintedPrompt
 from megatron_plugin.rollout.hinted.engine import start_pair_engine
 from megatron_plugin.rollout.hinted.lockstep import decode_in_lockstep, mixed_distributions
+from megatron_plugin.rollout.hinted.mixing import Phase, mix
 from megatron_plugin.rollout.hinted.options import HintedOptions
 from megatron_plugin.rollout.transfer import send_weights
 from megatron_plugin.rollout.transports.shm import SharedMemory
@@ -105,8 +106,14 @@ def _warm_up(model, decoder: HintedDecoder, options: HintedOptions, prompts: lis
         worst = max(worst, (drawn - torch.tensor(sample.logp)).abs().max().item())
     if not worst < AGREE:
         raise SystemExit(f"vLLM's log-probabilities are {worst:.3g} nats off: nothing was timed")
-    decode_in_lockstep(model, prompts[0].plain_ids, prompts[0].hinted_ids, options, decoder.tokenizer)
+    decode_in_lockstep(model, prompts[0].plain_ids, prompts[0].hinted_ids, options, decoder.tokenizer, _fast_mix)
     return worst
+
+
+def _fast_mix(hinted_V: torch.Tensor, plain_V: torch.Tensor, options: HintedOptions, *, first: bool, plain_only: bool) -> torch.Tensor:
+    """The rival at its best: the oracle's own takes 0.84 ms a token at V = 4096, an eighth of its time."""
+    phase = Phase.PLAIN if plain_only else Phase.FIRST if first else Phase.MIXED
+    return torch.softmax(mix(hinted_V[None], plain_V[None], [phase], options)[0] / options.temperature, -1)
 
 
 def _round(model, decoder: HintedDecoder, options: HintedOptions, prompts: list[HintedPrompt], threads: int) -> dict:
@@ -115,7 +122,7 @@ def _round(model, decoder: HintedDecoder, options: HintedOptions, prompts: list[
     for count in sorted({1, threads}):
         torch.set_num_threads(count)
         begin, cpu = time.perf_counter(), time.process_time()
-        answer = decode_in_lockstep(model, prompts[0].plain_ids, prompts[0].hinted_ids, options, decoder.tokenizer)
+        answer = decode_in_lockstep(model, prompts[0].plain_ids, prompts[0].hinted_ids, options, decoder.tokenizer, _fast_mix)
         tokens = len(answer.token_ids)
         alone.append((tokens / (time.perf_counter() - begin), 1e3 * (time.process_time() - cpu) / tokens))
     torch.set_num_threads(1)

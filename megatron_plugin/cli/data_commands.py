@@ -93,7 +93,7 @@ def add_realign(commands) -> None:
     realign.add_argument("--beta", type=float, default=0.7, help="how soon the question alone speaks; 0: the hinted stream alone (%(default)s)")
     realign.add_argument("--temperature", type=float, default=0.3, help="of hinted decoding (%(default)s)")
     realign.add_argument("--max-tokens", type=count, default=8192, metavar="N", help="of an answer (%(default)s)")
-    realign.add_argument("--splitter", default="\\boxed{", metavar="TEXT", help="after it the question alone speaks; '': never (%(default)s)")
+    realign.add_argument("--splitter", metavar="TEXT", help="after it the question alone speaks; '': never; default: #### for --reward numeric, else \\boxed{")
     realign.add_argument("--analysis-prompt", metavar="FILE", help="system turn that asks for an analysis, a line '# CoT' and an answer; default: ours")
     realign.add_argument("--concurrency", type=count, default=32, metavar="N", help="pairs drawn at once (%(default)s)")
     realign.add_argument("--context", type=count, default=0, metavar="N", help="tokens of prompt and answer; default: the model's, at most 32768")
@@ -111,6 +111,8 @@ def _realign(arguments: argparse.Namespace) -> None:
     data = existing_file(arguments.data, "a jsonl file")
     if not (Path(arguments.model) / "config.json").is_file():
         raise NoModelError(f"got {arguments.model}, expected a Hugging Face directory with a config.json; megatron-plugin export RUN_DIR DIR makes one of a run")
+    if arguments.splitter is None:
+        given["splitter"] = "####" if arguments.reward == "numeric" else "\\boxed{"
     if arguments.analysis_prompt:
         given["analysis_prompt"] = existing_file(arguments.analysis_prompt, "a text file").read_text("utf-8").strip()
     from megatron_plugin.trainer.realigning import RealignTask, realign_file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,19 @@ def claim(note: str | Path, wanted: Mapping[str, Any], *, kind: str) -> None:
     DataError when it says something else.  kind: what the folder holds, for the message."""
     note = Path(note)
     note.parent.mkdir(parents=True, exist_ok=True)
-    there = json.loads(note.read_text("utf-8")) if note.is_file() else wanted
+    try:
+        there = json.loads(note.read_text("utf-8")) if note.is_file() else None
+    except ValueError as error:
+        raise DataError(f"cannot read what its {kind} are of ({error}): choose another --out, or remove it", str(note)) from error
+    if there is None:
+        writing = note.with_name(f".{note.name}.writing")
+        writing.write_text(json.dumps(wanted, indent=1) + "\n", "utf-8")
+        os.replace(writing, note)
+        return
     if there != wanted:
         keys = [key for key in {**there, **wanted} if there.get(key) != wanted.get(key)]
         what = "; ".join(f"{key} is {wanted.get(key)}, was {there.get(key)}" for key in keys)
         raise DataError(f"holds {kind} of something else ({what}): choose another --out, or remove it", str(note.parent))
-    note.write_text(json.dumps(wanted, indent=1) + "\n", "utf-8")
 
 
 def file_sha256(path: str | Path) -> str:

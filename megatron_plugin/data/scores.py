@@ -9,6 +9,7 @@ the trained tokens of the sample; nats.  Scores of an engine that gives no entro
 
 from __future__ import annotations
 
+import fcntl
 import heapq
 import json
 import os
@@ -67,6 +68,11 @@ class ScoreFile:
         self.path, self.lines = Path(path), 0
         end = 0
         self._file = open(self.path, "a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed, or its process is gone
+        except OSError as error:
+            self._file.close()
+            raise DataError("got a file that another process is writing, expected none: is the same command running already?", str(self.path)) from error
         self._file.seek(0)
         for line in self._file:
             if not line.endswith(b"\n") or not _is_line(line, self.lines + 1):

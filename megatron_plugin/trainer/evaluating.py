@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_plugin.config import Config, ConfigError, as_config_error
-from megatron_plugin.data import BadLines, Prompt, PromptSet, encode_prompts, load_tokenizer, read_conversations
+from megatron_plugin.data import BadLines, Conversation, Prompt, PromptSet, encode_prompts, load_tokenizer, read_conversations
 from megatron_plugin.data.claim import claim, file_sha256
 from megatron_plugin.data.scores import ScoreFile, read_scores, summarise
 from megatron_plugin.report.page import cell, write_page
@@ -122,6 +122,11 @@ def _check_sampling(task: EvalTask) -> None:
                           "--temperature")  # fmt: skip
 
 
+def _first_lines(conversations: Sequence[Conversation], count: int) -> list[Conversation]:
+    """Of the first `count` lines of the file, unusable ones counted, as `score` takes them; 0: all."""
+    return [c for c in conversations if not count or int(c.source.rpartition(":")[2]) <= count]
+
+
 class _Answering:
     def __init__(self, task: EvalTask, model: Path):
         """Everything that can be wrong is found before the engine is started, which takes half a minute."""
@@ -156,7 +161,7 @@ class _Answering:
 
     def _prompts(self) -> PromptSet:
         bad = BadLines("skip", 1.0)
-        conversations = read_conversations(self.task.data, bad_lines=bad)[: self.task.samples or None]
+        conversations = _first_lines(read_conversations(self.task.data, bad_lines=bad), self.task.samples)
         prompts = encode_prompts(conversations, self.tokenizer, longest=self.options.max_model_len - self.task.max_tokens, bad_lines=bad)
         print(f"{prompts}; {len(bad)} lines cannot be used", flush=True)
         return prompts
@@ -205,7 +210,7 @@ class _Answering:
         return lines
 
     def _judged(self, prompt: Prompt, completions: Sequence[Completion]) -> list[dict[str, Any]]:
-        texts = [self.tokenizer.decode(completion.token_ids, skip_special_tokens=True) for completion in completions]
+        texts = [self.tokenizer.decode(completion.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for completion in completions]
         results: Sequence[RewardResult] = self.reward(
             [RewardSample(prompt.text, text, prompt.reference, c.finish_reason) for text, c in zip(texts, completions, strict=True)]
         )

@@ -15,6 +15,7 @@ import json
 import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -120,16 +121,18 @@ class _Realigning:
             raise DataError("got no line, expected a jsonl file with at least one conversation", str(task.data))
         if done:
             print(f"{self.file.path}: going on behind line {done}", flush=True)
-        tokens, begun = 0, time.perf_counter()
+        tokens, pairs, begun = 0, Counter[str](), time.perf_counter()
         if done < total:
             with self._files(), self._decoder() as decoder, Ticker(total, done) as ticker:
                 begun = time.perf_counter()
-                tokens = self._realign(decoder, ticker)
+                tokens, pairs = self._realign(decoder, ticker)
         else:
             write_results(self.file.path)
         seconds = time.perf_counter() - begun
         said, kept = summary(self.file.path, task.splitter)
         print(said)
+        if any(pairs.values()):
+            print("pairs: " + ", ".join(f"{count} {name}" for name, count in pairs.most_common() if count))
         if self.file.lines > done:
             print(f"{self.file.lines - done} lines, {tokens} tokens drawn in {seconds:.1f} s: {tokens / max(seconds, 1e-9):,.0f} tokens/s")
         print(f"mean cll: vLLM gives no entropies; megatron-plugin score {task.out / 'realigned.jsonl'} RUN_OR_CHECKPOINT says it")
@@ -137,8 +140,8 @@ class _Realigning:
         if not kept:
             raise DataError(f"none of {self.file.lines} samples was kept: see {task.out / 'rejected.jsonl'}", str(task.data))
 
-    def _realign(self, decoder: HintedDecoder, ticker: Ticker) -> int:
-        """The lines that are left.  Returns the tokens drawn."""
+    def _realign(self, decoder: HintedDecoder, ticker: Ticker) -> tuple[int, Counter[str]]:
+        """The lines that are left.  Returns the tokens drawn, and what went wrong with pairs, counted."""
         task = self.task
         unaided = None
         if task.unaided:
@@ -151,7 +154,7 @@ class _Realigning:
             results = realigner.batch([item for _, item in batch])
             self.file.append(_outcome(line, result) for (line, _), result in zip(batch, results, strict=True))
             ticker.say(self.file.lines, realigner)
-        return realigner.tokens
+        return realigner.tokens, realigner.pairs
 
     @contextlib.contextmanager
     def _decoder(self) -> Iterator[HintedDecoder]:

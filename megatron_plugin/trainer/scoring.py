@@ -10,6 +10,7 @@ ranks of one replica score the same ones.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -214,10 +215,14 @@ class _Scoring:
             except DataError as error:
                 problems.append({"line": line, "problem": error.reason})
         found = self.model([sample for sample, _ in samples.values()])
-        return problems + [
-            {"line": line, **sample_score(sample, *values), **({"truncated": True} if cut else {})}
-            for (line, (sample, cut)), values in zip(samples.items(), found, strict=True)
-        ]
+        scores = []
+        for (line, (sample, cut)), values in zip(samples.items(), found, strict=True):
+            score = sample_score(sample, *values)
+            if all(math.isfinite(value) for value in score.values()):
+                scores.append({"line": line, **score, **({"truncated": True} if cut else {})})
+            else:  # one would make every mean of the data set NaN
+                problems.append({"line": line, "problem": "the model gives a token of the answer no finite log-probability or entropy"})
+        return problems + scores
 
     def _sample(self, item: Conversation | DataError) -> tuple[Sample, bool]:
         """(tokens, whether the end was cut off)."""

@@ -26,3 +26,9 @@ def test_a_files_digest(tmp_path):
     assert file_sha256(tmp_path / "x") == hashlib.sha256(b"x" * 3_000_000).hexdigest()
     with pytest.raises(DataError, match="cannot read the data: No such file or directory; expected a jsonl file"):
         file_sha256(tmp_path / "none")
+
+
+def test_a_note_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "note.json").write_text("")
+    with pytest.raises(DataError, match=r"note\.json: cannot read what its answers are of"):
+        claim(tmp_path / "note.json", {"a": 1}, kind="answers")

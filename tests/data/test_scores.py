@@ -85,3 +85,11 @@ def test_the_worst_are_those_with_the_lowest_cll_not_the_lowest_log_p():
 def test_reading_back(tmp_path):
     (tmp_path / "s.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES))
     assert list(read_scores(tmp_path / "s.jsonl")) == LINES
+
+
+def test_one_process_writes_at_a_time(tmp_path):
+    first = ScoreFile(tmp_path / "scores.jsonl")
+    with pytest.raises(DataError, match="another process is writing"):
+        ScoreFile(tmp_path / "scores.jsonl")
+    first.close()
+    ScoreFile(tmp_path / "scores.jsonl").close()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from megatron_plugin.data import train_tokenizer
 from megatron_plugin.rollout.hinted import mixing
-from megatron_plugin.rollout.hinted.lockstep import _next_distribution
+from megatron_plugin.rollout.hinted.lockstep import exact_mix
 from megatron_plugin.rollout.hinted.mixing import Phase, keep_nucleus, mix, share_of_plain
 from megatron_plugin.rollout.hinted.options import HintedOptions
 from megatron_plugin.rollout.hinted.stops import REPLACEMENT, IncrementalText, Repetition, SplitterFinder, repeats
@@ -53,7 +53,7 @@ def test_mix_is_the_slow_ways(width, vocab, fields, phase):
     got = mix(hinted, plain, [phase] * 5, chosen)
     assert got.dtype is torch.float32 and got.shape == hinted.shape and (got[:, vocab:] == -math.inf).all()
     for row in range(5):
-        truth = _next_distribution(hinted[row], plain[row], chosen, first=phase is Phase.FIRST, plain_only=phase is Phase.PLAIN)
+        truth = exact_mix(hinted[row], plain[row], chosen, first=phase is Phase.FIRST, plain_only=phase is Phase.PLAIN)
         mine = got[row, :vocab].double().softmax(-1)
         assert ((truth > 0) == (mine > 0)).all() and (mine - truth).abs().max() < EPS
         inside = truth > 0
@@ -108,7 +108,7 @@ def test_the_nucleus_is_cut_before_the_temperature():
     """(0.5, 0.3, 0.2) at 0.75 keeps two tokens; cut after a temperature of 2 (0.41, 0.32, 0.26) it would keep three."""
     logits = torch.tensor([[0.5, 0.3, 0.2]]).log()
     chosen = options(top_p=0.75, temperature=2.0)
-    truth = _next_distribution(logits[0], logits[0], chosen, first=False, plain_only=False)
+    truth = exact_mix(logits[0], logits[0], chosen, first=False, plain_only=False)
     mine = (mix(logits, logits, [Phase.MIXED], chosen) / 2.0).softmax(-1)[0].double()
     assert truth[2] == 0 and torch.allclose(mine, truth, atol=1e-6) and mine[0] == pytest.approx(0.5**0.5 / (0.5**0.5 + 0.3**0.5), abs=1e-6)
 

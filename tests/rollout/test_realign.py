@@ -146,3 +146,29 @@ def test_a_lost_engine_ends_it(tokenizer, work):
 def test_bad_options(fields):
     with pytest.raises(ValueError, match="expected at least 1, 1, text"):
         RealignOptions(**fields)
+
+
+def test_earlier_turns_and_weights_are_kept_and_shown(tokenizer, work):
+    """What is not to be trained stays so, and the hinted stream sees the conversation that the plain one sees."""
+    q = QUESTION.format(3, 1)
+    talk = [{"role": "system", "content": "be short"}, {"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi\n", "weight": 0},
+            {"role": "user", "content": q}, {"role": "assistant", "content": "It is 4.\n#### 4", "weight": 0.5}]  # fmt: skip
+    model = Scripted(tokenizer, analysis={q: "# CoT"}, hinted={q: "so\n#### 4"})
+    (result,), _ = work(model, [parse_line(json.dumps({"messages": talk}), "gsm.jsonl:1")], unaided=None)
+    assert result.record["messages"] == [*talk[:4], {"role": "assistant", "content": "so\n#### 4", "weight": 0.5}]
+    (hinted,) = [asked[3] for asked in model.asked if asked[0] == "hinted"]
+    assert "be short" in hinted and hinted.index("hello") < hinted.index("hi\n") < hinted.index(q)
+
+
+def test_an_answer_with_a_cut_character_is_rejected(tokenizer, work):
+    q = QUESTION.format(0, 1)
+    (result,), _ = work(Scripted(tokenizer, analysis={q: "# CoT"}, hinted={q: "h\ufffd\n#### 1"}), lines(1), unaided=None)
+    assert result.kind == "rejected" and "cannot be trained on: the answer holds a character that was cut off" in result.reason
+
+
+def test_a_template_without_a_system_turn_is_a_reason(tokenizer, work, monkeypatch):
+    strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + tokenizer.chat_template
+    monkeypatch.setattr(tokenizer, "chat_template", strict)
+    q = QUESTION.format(0, 1)
+    out, _ = work(Scripted(tokenizer, alone={q: "#### 1"}), lines(2))
+    assert out[0].kind == "own" and out[1].kind == "rejected" and out[1].reason.startswith("hint refused: ") and "no system turn" in out[1].reason

@@ -148,7 +148,7 @@ def test_a_splitter_that_never_comes_is_said(go, tmp_path, capsys, monkeypatch):
         return run
 
     monkeypatch.setattr(Scripted, "run", without)
-    assert go()[0] == 0
+    assert go("--splitter", "\\boxed{")[0] == 0
     assert "2 of 2 hinted answers never wrote '\\\\boxed{'" in capsys.readouterr().out
     assert go("--splitter", "", "--out", str(tmp_path / "other"))[0] == 0
     assert "never wrote" not in capsys.readouterr().out

@@ -6,7 +6,7 @@ The slow way, for models without a vLLM, and what the fast one is tested against
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_plugin.rollout.hinted.options import HintedOptions
 
-__all__ = ["LockstepAnswer", "decode_in_lockstep", "mixed_distributions"]
+__all__ = ["LockstepAnswer", "decode_in_lockstep", "exact_mix", "mixed_distributions"]
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,11 @@ class LockstepAnswer:
 
 @torch.inference_mode()
 def decode_in_lockstep(
-    model, plain_ids: Sequence[int], hinted_ids: Sequence[int], options: HintedOptions, tokenizer=None
+    model, plain_ids: Sequence[int], hinted_ids: Sequence[int], options: HintedOptions, tokenizer=None, distribution: Callable[..., Tensor] | None = None
 ) -> LockstepAnswer:
     """One answer.  model: a Hugging Face causal LM.  tokenizer: needed for a splitter.  Drawn with a generator seeded by options.seed: other
-    tokens than vLLM's for the same seed, unless the temperature is 0."""
+    tokens than vLLM's for the same seed, unless the temperature is 0.  distribution: what a token is drawn from, None: exact_mix, which is slow."""
+    distribution = distribution or exact_mix
     generator = torch.Generator(model.device).manual_seed(options.seed)
     streams = [_Stream(model, hinted_ids), _Stream(model, plain_ids)]
     tokens: list[int] = []
@@ -40,7 +41,7 @@ def decode_in_lockstep(
     split_at: int | None = None
     while len(tokens) < options.max_tokens:
         p_V, q_V = (stream.next_logits() for stream in streams)
-        m_V = _next_distribution(p_V, q_V, options, first=not tokens, plain_only=split_at is not None)
+        m_V = distribution(p_V, q_V, options, first=not tokens, plain_only=split_at is not None)
         token = int(m_V.argmax()) if options.temperature == 0 else int(torch.multinomial(m_V, 1, generator=generator))
         tokens.append(token)
         logp.append(math.log(m_V[token].item()))
@@ -73,7 +74,7 @@ def mixed_distributions(
         rows.append(model(ids).logits[0, len(prompt) - 1 : -1])
     found, distributions = False, []
     for step in range(len(tokens)):
-        distributions.append(_next_distribution(rows[0][step], rows[1][step], options, first=step == 0, plain_only=found))
+        distributions.append(exact_mix(rows[0][step], rows[1][step], options, first=step == 0, plain_only=found))
         found = found or bool(
             options.splitter and options.splitter in tokenizer.decode(tokens[: step + 1], clean_up_tokenization_spaces=False)
         )
@@ -97,8 +98,8 @@ class _Stream:
         self.unseen.append(token)
 
 
-def _next_distribution(hinted_V: Tensor, plain_V: Tensor, options: HintedOptions, *, first: bool, plain_only: bool) -> Tensor:
-    """[vocab_size] fp64 probabilities."""
+def exact_mix(hinted_V: Tensor, plain_V: Tensor, options: HintedOptions, *, first: bool, plain_only: bool) -> Tensor:
+    """[vocab_size] fp64 probabilities: the oracle, each formula as it is written and nothing shared with mixing.py."""
     size = options.vocab_size
     p_V, q_V = (torch.softmax(logits_V[:size].double(), -1) for logits_V in (hinted_V, plain_V))
     share = 0.0 if first and options.first_from_hint else _share(p_V, options)

@@ -29,6 +29,7 @@ from megatron_plugin.rollout.rewards import Reward, RewardError, RewardSample
 __all__ = ["ANALYSIS_PROMPT", "MARKER", "RealignOptions", "Realigned", "Realigner", "realign", "with_answer"]
 
 MARKER = "# CoT"
+CUT = "\ufffd"  # what a character becomes of which not all bytes were drawn
 UNANSWERED = "no reference"  # a reward's cause
 ANALYSIS_PROMPT = (
     "You are given a question and its reference answer. First analyse, in a few sentences, how the reference answer is reached and what a "
@@ -162,7 +163,11 @@ class Realigner:
         room = self.decoder.engine.max_model_len
         asked = {}
         for item in work:
-            shown = self._shown(item.conversation)
+            try:
+                shown = self._shown(item.conversation)
+            except DataError as error:  # such as a chat template without a system turn
+                item.reject(f"hint refused: {error}")
+                continue
             if len(shown) + 1 >= room:
                 item.reject(f"hint too long: the hinted prompt has {len(shown)} tokens, the context holds {room}")
             else:
@@ -226,7 +231,10 @@ class Realigner:
 
     def _keep(self, item: _Work, kind: str, token_ids: Sequence[int], end: EndReason, extra: Mapping[str, Any] | None = None) -> Realigned:
         source = item.conversation.source
-        messages = [*({"role": m.role, "content": m.content} for m in item.before), {"role": "assistant", "content": self._text(token_ids)}]
+        answer = self._text(token_ids)
+        if CUT in answer:
+            return Realigned(source, "rejected", reason=f"cannot be trained on: the answer holds a character that was cut off (U+FFFD) in {answer[-80:]!r}")
+        messages = [*(_turn(m) for m in item.before), _turn(replace(item.expert, content=answer))]
         try:  # as the trainer will read it: an answer without text, or with a role's mark written out, cannot be trained on
             self.encoder.encode(parse_line(json.dumps({"messages": messages}), source, train_on="last"))
         except DataError as error:
@@ -237,14 +245,22 @@ class Realigner:
         return Realigned(item.conversation.source, kind, record)
 
     def _shown(self, conversation: Conversation) -> list[int]:
-        """The hinted prompt: the analysis asked for, question and expert's answer in one user turn."""
+        """The hinted prompt: the conversation up to the question, with the analysis asked for in the system turn and the expert's answer in the question's."""
         item = _Work("", 0, conversation, [])
+        system = "\n\n".join([self.options.analysis_prompt, *(m.content for m in item.before if m.role == "system")])
+        earlier = (m for m in item.before[:-1] if m.role != "system")
         asked = Message("user", with_answer(item.question, item.expert.content))
-        turns = (Message("system", self.options.analysis_prompt), asked, Message("assistant", "-", train=True))
+        turns = (Message("system", system), *earlier, asked, Message("assistant", "-", train=True))
         return self.encoder.prompt(Conversation(turns, conversation.source))
 
     def _text(self, token_ids: Sequence[int]) -> str:
         return self.decoder.tokenizer.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    """As data files have it; a weight other than 1, such as the 0 of a turn that is not to be trained, goes with it."""
+    turn = {"role": message.role, "content": message.content}
+    return turn | {"weight": message.weight} if message.role == "assistant" and message.weight != 1 else turn
 
 
 @dataclass(eq=False)

@@ -262,7 +262,9 @@ def test_realignment_through_the_real_engine(bench):
     print(realigner.counts)
     assert [item.source for item in out] == [f"x.jsonl:{i}" for i in range(12)] and {item.kind for item in out} <= {"hinted", "rejected"}
     hinted = [item.record for item in out if item.kind == "hinted"]
-    assert len(hinted) >= 2 and all(item.reason for item in out if item.kind == "rejected")
+    cut = [item for item in out if "cut off (U+FFFD)" in item.reason]  # the bytes of a random model are seldom text
+    assert len(hinted) + len(cut) >= 2 and all(item.end_reason == "eos" for item in cut)
+    assert all(item.reason for item in out if item.kind == "rejected")
     for record in hinted:
         assert parse_line(json.dumps(record)).messages[-1].content == record["messages"][-1]["content"] and record["end_reason"] == "eos"
 

@@ -1,6 +1,6 @@
 """`megatron-plugin eval`: held-out data under a model: NLL and cll of its answers, and answers drawn by vLLM and verified.
 
-    OUT/eval.json        what was evaluated with what: another model, file or option is refused
+    OUT/eval.json        what was evaluated with what: another model (by its path), file or option is refused
     OUT/score/           as `megatron-plugin score` writes it (a run or checkpoint only)
     OUT/hf/              the checkpoint as vLLM loads it (a run or checkpoint only)
     OUT/answers.jsonl    a line for each question; a second start goes on where it ends

@@ -1,7 +1,7 @@
 """`megatron-plugin realign`: expert data in the model's own words (rollout/hinted/realign.py says how), by a vLLM that this command starts.
 
     OUT/outcomes.jsonl    a line for each line of the data, in its order: the record or the reason; a second start goes on where it ends
-    OUT/realign.json      what was realigned with what: another model, file or option is refused
+    OUT/realign.json      what was realigned with what: another model (by its path), file or option is refused
     OUT/realigned.jsonl   the records, as data.train takes them     \\ made from outcomes.jsonl when the command ends,
     OUT/rejected.jsonl    line, source and reason of the others     / also with an error or by Ctrl-C
 

@@ -1,7 +1,7 @@
 """`megatron-plugin score`: how on-distribution a data set is for a model, sample by sample (losses/cll.py has the statistic).
 
     OUT/scores.jsonl     a line for each line of the data, in its order (data/scores.py); a second start goes on where it ends
-    OUT/score.json       what was scored with what: another model or another file is refused
+    OUT/score.json       what was scored with what: another model (by its path) or file is refused
     OUT/report.html      one page (trainer/score_report.py), also as report.md with cll.png beside it
 
 Lines are read as they are needed, a window at a time: memory does not grow with the file.  Data-parallel ranks share a window's samples; the

@@ -7,7 +7,7 @@
 In step: pairs are handed in while the engine is paused, so that both halves are taken up in the same step; the engine watches each pair
 (pairs.py), and its word is compared with both answers here.  A pair that fell out of step, as when the key-value cache overflows, is drawn
 again with the same seed and fewer others beside it, in the end alone, where nothing can push it out.  So an answer depends on its key and the
-seed, not on the others.
+seed, and on the others no more than rounding does.
 """
 
 from __future__ import annotations

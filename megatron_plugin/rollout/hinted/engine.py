@@ -99,10 +99,6 @@ class PairEngine(VLLMEngine):
         (choice,) = answer["choices"]
         return self._completion(choice, SamplingParams(max_tokens=request.max_tokens), version)
 
-    def pause(self) -> None:
-        """Hold running and new requests, and keep the cache.  vLLM's default empties it: every running request is pushed out and computed again."""
-        self._wire.request("POST", "/pause", params={"mode": "keep", "clear_cache": False})
-
     def taken(self) -> int:
         """Halves of pairs that are in the engine's core, or were, since the server was started, whoever sent them."""
         return int(self._wire.request("GET", TAKEN_PATH).json()["taken"])

@@ -49,7 +49,7 @@ class HintedOptions:
     repeat_every: int = 100
     """0: never."""
     seed: int = 0
-    """With a prompt's key it decides the answer, whatever else is drawn at the same time."""
+    """With a prompt's key it decides the answer, up to rounding, whatever else is drawn at the same time."""
 
     def __post_init__(self):
         object.__setattr__(self, "end_ids", tuple(self.end_ids))

@@ -28,6 +28,8 @@ def test_own_answers_are_those_of_the_directorys_weights(vllm, tmp_path, capsys)
     tokenizer = train_tokenizer(["What is 1 + 2? #### 3"] * 4, tmp_path / "hf", vocab_size=300)
     ends = list(range(20, 260, 9))
     model = make_model(tmp_path / "hf", "llama", vocab_size=true_vocab_size(tokenizer), eos_token_id=ends)
+    with torch.no_grad():  # random bytes are no text, and an answer that is none is rejected: logit 0 for what is not ASCII
+        model.lm_head.weight[[i for i in range(model.config.vocab_size) if not tokenizer.decode([i]).isascii()]] = 0
     model.save_pretrained(tmp_path / "hf")
     (tmp_path / "x.jsonl").write_text("\n".join(LINES) + "\n")
     options = ("--reward", "tests.rollout.user_rewards.length", "--max-tokens", str(MAX_TOKENS), "--concurrency", "8", "--context", "400")

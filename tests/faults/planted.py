@@ -152,7 +152,8 @@ def _record(folder: Path) -> None:
     original, path = RunLog.step, folder / f"rank{os.environ['RANK']}.jsonl"
 
     def step(self, step, metrics, *, show):
-        line = {"step": step, "at": time.time(), "loss": metrics.get("train/loss"), "grad_norm": metrics.get("train/grad_norm"), "hash": state_hash(RUN[0])}
+        line = {"step": step, "at": time.time(), "pid": os.getpid()} | {name: metrics.get(f"train/{name}") for name in ("loss", "grad_norm")}
+        line["hash"] = state_hash(RUN[0])
         with open(path, "a") as file:
             file.write(json.dumps(line) + "\n")
         return original(self, step, metrics, show=show)

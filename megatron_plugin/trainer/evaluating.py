@@ -1,7 +1,7 @@
 """`megatron-plugin eval`: held-out data under a model: NLL and cll of its answers, and answers drawn by vLLM and verified.
 
-    OUT/eval.json        what was evaluated with what: another model (by its path), file or option is refused
-    OUT/score/           as `megatron-plugin score` writes it (a run or checkpoint only)
+    OUT/eval.json        what was evaluated with what: another model, file or option is refused
+    OUT/score/           as `megatron-plugin score` writes it
     OUT/hf/              the checkpoint as vLLM loads it (a run or checkpoint only)
     OUT/answers.jsonl    a line for each question; a second start goes on where it ends
     OUT/numbers.json     every number, {name: [mean, standard error]}, null for the error of a single question
@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_plugin.config import Config, ConfigError, as_config_error
 from megatron_plugin.data import BadLines, Conversation, Prompt, PromptSet, encode_prompts, load_tokenizer, read_conversations
-from megatron_plugin.data.claim import claim, file_sha256
+from megatron_plugin.data.claim import claim, file_sha256, weights_digest
 from megatron_plugin.data.scores import ScoreFile, read_scores, summarise
 from megatron_plugin.report.page import cell, write_page
 from megatron_plugin.rollout.engine import Completion, SamplingParams
@@ -31,7 +32,7 @@ from megatron_plugin.trainer.answer_numbers import Answers, answers_page, number
 from megatron_plugin.trainer.batch import is_right
 from megatron_plugin.trainer.convert import export_model
 from megatron_plugin.trainer.hf_engine import end_ids, fill, hf_engine_options, started
-from megatron_plugin.trainer.scoring import Task, score_with_checkpoint
+from megatron_plugin.trainer.scoring import Task, score_with_checkpoint, score_with_directory
 from megatron_plugin.trainer.world import process_group
 
 __all__ = ["EvalTask", "evaluate_file"]
@@ -66,26 +67,30 @@ class EvalTask:
 
 
 def evaluate_file(task: EvalTask, model: Path, overrides: Sequence[str] = (), *, world_size: int = 1, answers: bool = True) -> None:
-    """Every rank calls it; rank 0 draws and writes.  model: a run, a checkpoint, or a Hugging Face directory, of which nothing is scored.
+    """Every rank calls it; rank 0 draws and writes.  model: a run, a checkpoint, or a Hugging Face directory.
 
     overrides: the layout in which a checkpoint is scored and exported.  answers=False: NLL and cll alone, without vLLM.
     CheckpointError, ConfigError or DataError for what cannot be used; EngineLostError when vLLM does not come up."""
     finished = (model / "config.json").is_file()
-    if finished and (overrides or world_size > 1 or not answers):
-        got = f"overrides ({overrides[0]})" if overrides else "several ranks" if world_size > 1 else "--no-answers"
-        raise ConfigError(f"{model} is a Hugging Face directory, which vLLM alone runs; got {got}, expected a run directory or checkpoint beside that")
+    if finished and (overrides or world_size > 1):
+        got = f"overrides ({overrides[0]})" if overrides else "several ranks"
+        raise ConfigError(f"{model} is a Hugging Face directory, which one process scores; got {got}, expected a run directory or checkpoint beside that")
     if answers:
         _check_sampling(task)  # before the checkpoint is scored, which may take hours
-    if not finished:
+    if finished:
+        score_with_directory(Task(task.data, task.out / "score", samples=task.samples), model)
+        torch.cuda.empty_cache()  # the GPU is vLLM's now
+    else:
         model, leads = _from_checkpoint(task, model, overrides, world_size, export=answers)
         if not leads:
             return
     parts = [f"# {cell(task.data.name)} under {cell(str(model))}", *_scored(task)]
     numbers: dict[str, Any] = {}
     if answers:
-        found = _Answering(task, model).run()
-        parts += answers_page(found)
-        numbers = {name: list(value) for name, value in found.numbers.items()}
+        answering = _Answering(task, model)
+        found = answering.run()
+        parts += [*answers_page(found), f"Asked: {answering.asked}."]
+        numbers = {name: list(value) for name, value in found.numbers.items()} | {name: [count, None] for name, count in answering.counts.items()}
         print("\n".join(f"{name:<22} {mean:.4f} ± {spread:.4f}" for name, (mean, spread) in found.numbers.items()))
     if (score := task.out / "score" / "scores.jsonl").is_file():
         means = summarise(read_scores(score), worst=1).means
@@ -144,10 +149,13 @@ class _Answering:
             self.sampled = SamplingParams(n=max(1, task.n), temperature=task.temperature, top_p=task.top_p, **common)
             self.reward: Reward = make_reward(task.reward)
         self.model, self.version = model, 1
+        self.asked, self.counts = "", {}
+        """What became of the lines of the file, in words and as numbers."""
 
     def run(self) -> Answers:
         task = self.task
-        wanted = {name: getattr(task, name) for name in OF_ANSWERS} | {"model": str(self.model.resolve()), "context": self.options.max_model_len}
+        wanted = {name: getattr(task, name) for name in OF_ANSWERS} | {"context": self.options.max_model_len}
+        wanted |= {"model": str(self.model.resolve()), "weights": weights_digest(self.model)}
         claim(task.out / "eval.json", wanted | {"data": str(task.data.resolve()), "sha256": file_sha256(task.data)}, kind="answers")
         prompts, file = self._prompts(), ScoreFile(task.out / "answers.jsonl")
         try:
@@ -163,7 +171,9 @@ class _Answering:
         bad = BadLines("skip", 1.0)
         conversations = _first_lines(read_conversations(self.task.data, bad_lines=bad), self.task.samples)
         prompts = encode_prompts(conversations, self.tokenizer, longest=self.options.max_model_len - self.task.max_tokens, bad_lines=bad)
-        print(f"{prompts}; {len(bad)} lines cannot be used", flush=True)
+        self.asked = f"{prompts}; {len(bad)} lines cannot be used"
+        self.counts = {"questions": len(prompts), "lines left out": len(prompts.too_long) + len(prompts.unasked) + len(bad)}
+        print(self.asked, flush=True)
         return prompts
 
     def _ask(self, fleet: Fleet, prompts: Sequence[Prompt], file: ScoreFile) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_plugin.data.scores import read_scores
 
-__all__ = ["Ticker", "summary"]
+__all__ = ["Ticker", "mean_cll", "summary"]
 
 SAY_S = 10.0  # between lines where there is no terminal to draw a bar on
 KINDS = ("own", "hinted", "rejected")
@@ -70,3 +71,14 @@ def summary(outcomes: Path, splitter: str) -> tuple[str, int]:
         lines.append(f"{unsplit} of {kinds['hinted']} hinted answers never wrote {splitter!r}, after which the question alone speaks: set --splitter "
                      "to what begins a final answer in this data, such as '####'")  # fmt: skip
     return "\n".join(lines), kinds["own"] + kinds["hinted"]
+
+
+def mean_cll(realigned: Path) -> str:
+    """One line on realigned.jsonl, whose records have been scored: means over samples, nats."""
+    found: dict[str, list[float]] = {}
+    with open(realigned, encoding="utf-8") as file:
+        for record in map(json.loads, file):
+            found.setdefault(record["kind"], []).append(record["cll"])
+    every = [cll for values in found.values() for cll in values]
+    parts = [f"{sum(values) / len(values):+.3f} {kind}" for kind, values in sorted(found.items())]
+    return f"mean cll of an answer under the model: {sum(every) / len(every):+.3f} nats ({', '.join(parts)}); 0 is what it writes by itself, on average"

@@ -1,9 +1,10 @@
 """`megatron-plugin realign`: expert data in the model's own words (rollout/hinted/realign.py says how), by a vLLM that this command starts.
 
     OUT/outcomes.jsonl    a line for each line of the data, in its order: the record or the reason; a second start goes on where it ends
-    OUT/realign.json      what was realigned with what: another model (by its path), file or option is refused
+    OUT/realign.json      what was realigned with what: another model, file or option is refused
     OUT/realigned.jsonl   the records, as data.train takes them     \\ made from outcomes.jsonl when the command ends,
     OUT/rejected.jsonl    line, source and reason of the others     / also with an error or by Ctrl-C
+    OUT/scores.jsonl      log p, entropy and cll of each record under the model, which realigned.jsonl has too: trainer/realign_scores.py
 
 Lines are read a batch at a time; of a batch that a kill cuts off nothing is there, and it is realigned again.
 """
@@ -24,7 +25,7 @@ from typing import Any
 
 from megatron_plugin.config import ConfigError, as_config_error
 from megatron_plugin.data import ConversationEncoder, DataError, iter_lines, load_tokenizer, true_vocab_size
-from megatron_plugin.data.claim import claim, file_sha256
+from megatron_plugin.data.claim import claim, file_sha256, weights_digest
 from megatron_plugin.data.scores import ScoreFile, read_scores
 from megatron_plugin.rollout.engine import SamplingParams
 from megatron_plugin.rollout.hinted.decode import HintedDecoder
@@ -34,7 +35,8 @@ from megatron_plugin.rollout.hinted.realign import ANALYSIS_PROMPT, Realigner, R
 from megatron_plugin.rollout.rewards import make_reward
 from megatron_plugin.rollout.vllm_model import read_config
 from megatron_plugin.trainer.hf_engine import end_ids, hf_engine_options, started
-from megatron_plugin.trainer.realign_summary import Ticker, summary
+from megatron_plugin.trainer.realign_scores import score_records, scores_of_records
+from megatron_plugin.trainer.realign_summary import Ticker, mean_cll, summary
 
 __all__ = ["RealignTask", "realign_file"]
 
@@ -68,7 +70,9 @@ class RealignTask:
     memory: float = 0.0
     """Share of the GPU's memory, or GiB of key-value cache on a CPU; 0: 0.9, or 0.25."""
     tensor: int = 1
-    """GPUs that share the model."""
+    """GPUs that share the model in vLLM."""
+    score: bool = True
+    """Mean cll of every record, by a forward pass of the model on one device once vLLM has ended."""
 
 
 def realign_file(task: RealignTask) -> None:
@@ -113,7 +117,7 @@ class _Realigning:
     def run(self) -> None:
         task = self.task
         wanted = {name: getattr(task, name) for name in ("reward", "unaided", "analysis_prompt", *OF_DECODING)}
-        wanted |= {"model": str(task.model.resolve()), "context": self.engine_options.max_model_len}
+        wanted |= {"model": str(task.model.resolve()), "weights": weights_digest(task.model), "context": self.engine_options.max_model_len}
         claim(task.out / "realign.json", wanted | {"data": str(task.data.resolve()), "sha256": file_sha256(task.data)}, kind="answers")
         self.file = ScoreFile(task.out / "outcomes.jsonl")
         total, done = _lines(task), self.file.lines
@@ -121,6 +125,8 @@ class _Realigning:
             raise DataError("got no line, expected a jsonl file with at least one conversation", str(task.data))
         if done:
             print(f"{self.file.path}: going on behind line {done}", flush=True)
+        else:
+            (task.out / "scores.jsonl").unlink(missing_ok=True)  # of outcomes that somebody removed
         tokens, pairs, begun = 0, Counter[str](), time.perf_counter()
         if done < total:
             with self._files(), self._decoder() as decoder, Ticker(total, done) as ticker:
@@ -135,8 +141,11 @@ class _Realigning:
             print("pairs: " + ", ".join(f"{count} {name}" for name, count in pairs.most_common() if count))
         if self.file.lines > done:
             print(f"{self.file.lines - done} lines, {tokens} tokens drawn in {seconds:.1f} s: {tokens / max(seconds, 1e-9):,.0f} tokens/s")
-        print(f"mean cll: vLLM gives no entropies; megatron-plugin score {task.out / 'realigned.jsonl'} RUN_OR_CHECKPOINT says it")
-        print(f"{task.out}: realigned.jsonl rejected.jsonl outcomes.jsonl", flush=True)
+        if kept and task.score:
+            score_records(self.file.path, task.model, self.tokenizer)
+            write_results(self.file.path)
+            print(mean_cll(task.out / "realigned.jsonl"))
+        print(f"{task.out}: realigned.jsonl rejected.jsonl outcomes.jsonl{' scores.jsonl' if kept and task.score else ''}", flush=True)
         if not kept:
             raise DataError(f"none of {self.file.lines} samples was kept: see {task.out / 'rejected.jsonl'}", str(task.data))
 
@@ -178,14 +187,14 @@ def _outcome(line: int, result: Any) -> dict[str, Any]:
 
 
 def write_results(outcomes: Path) -> None:
-    """realigned.jsonl and rejected.jsonl beside outcomes.jsonl, each at once."""
-    names = ("realigned.jsonl", "rejected.jsonl")
+    """realigned.jsonl and rejected.jsonl beside outcomes.jsonl, each at once; the records with what scores.jsonl says of them so far."""
+    names, scores = ("realigned.jsonl", "rejected.jsonl"), scores_of_records(outcomes)
     with tempfile.TemporaryDirectory(dir=outcomes.parent, prefix=".") as folder:
         kept, rejected = (open(Path(folder) / name, "w", encoding="utf-8") for name in names)
         with kept, rejected:
             for outcome in read_scores(outcomes):
                 if "record" in outcome:
-                    kept.write(json.dumps(outcome["record"], ensure_ascii=False) + "\n")
+                    kept.write(json.dumps(outcome["record"] | next(scores, {}), ensure_ascii=False) + "\n")
                 else:
                     rejected.write(json.dumps(outcome, ensure_ascii=False) + "\n")
         for name in names:

@@ -1,7 +1,7 @@
 """`megatron-plugin score`: how on-distribution a data set is for a model, sample by sample (losses/cll.py has the statistic).
 
     OUT/scores.jsonl     a line for each line of the data, in its order (data/scores.py); a second start goes on where it ends
-    OUT/score.json       what was scored with what: another model (by its path) or file is refused
+    OUT/score.json       what was scored with what: another model or file is refused
     OUT/report.html      one page (trainer/score_report.py), also as report.md with cll.png beside it
 
 Lines are read as they are needed, a window at a time: memory does not grow with the file.  Data-parallel ranks share a window's samples; the
@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_plugin.data import Conversation, ConversationEncoder, DataError, Sample, iter_lines, load_tokenizer, true_vocab_size, truncate
-from megatron_plugin.data.claim import claim, file_sha256
+from megatron_plugin.data.claim import claim, file_sha256, weights_digest
 from megatron_plugin.data.scores import ScoreFile, read_scores, sample_score, summarise
 from megatron_plugin.hooks.attach import attach
 from megatron_plugin.hooks.mcore import check_megatron_core, groups
@@ -36,7 +36,7 @@ from megatron_plugin.trainer.mixed import mix, score
 from megatron_plugin.trainer.score_report import write_report
 from megatron_plugin.trainer.world import world
 
-__all__ = ["Task", "score_with_checkpoint", "score_with_engine"]
+__all__ = ["Task", "score_with_checkpoint", "score_with_directory", "score_with_engine"]
 
 WINDOW = 128
 """Lines of the data that one data-parallel rank takes at a time: what a kill loses, and what a packing can choose from."""
@@ -91,8 +91,18 @@ def score_with_checkpoint(task: Task, model: str | Path, overrides: Sequence[str
         def scored(samples: Sequence[Sample]) -> list[tuple[Tensor, Tensor | None]]:
             return [(x.logp_T, x.entropy_T) for x in score(config, chunks, handle, mix(config, samples))]
 
-        identity = {"model": str(checkpoint.resolve()), "dtype": config.train.dtype, "train_on": config.data.train_on}
+        identity = {"model": str(checkpoint.resolve()), "weights": weights_digest(checkpoint), "dtype": config.train.dtype, "train_on": config.data.train_on}
         _Scoring(task, tokenizer, config.data.seq_length, config.data.train_on, scored, identity, _Replicas()).run()
+
+
+def score_with_directory(task: Task, model: Path) -> None:
+    """Score with a Hugging Face directory, by transformers, in its own dtype on one device.  ConfigError for what transformers cannot load."""
+    from megatron_plugin.trainer.hf_scorer import HFScorer  # needs transformers, which scoring with a checkpoint does without
+
+    tokenizer = load_tokenizer(model)
+    scorer = HFScorer(model, vocab_size=true_vocab_size(tokenizer), rows=task.rows)
+    identity = {"model": str(model.resolve()), "weights": weights_digest(model), "dtype": scorer.dtype, "train_on": "all"}
+    _Scoring(task, tokenizer, scorer.longest, "all", scorer, identity, _Alone()).run()
 
 
 def score_with_engine(task: Task, model: str | Path) -> None:

@@ -28,9 +28,9 @@ def lines(count):
 def work(tokenizer):
     """work(scripted, **options): all results, and the realigner."""
 
-    def go(scripted, items, *, done=(), score=None, **fields):
+    def go(scripted, items, *, done=(), **fields):
         reward = make_reward("numeric")
-        realigner = Realigner(scripted, reward, RealignOptions(**fields), score)
+        realigner = Realigner(scripted, reward, RealignOptions(**fields))
         out = list(realign(items, realigner, done=done))
         reward.close()
         return out, realigner
@@ -128,12 +128,6 @@ def test_of_several_unaided_answers_the_first_verified_is_kept(tokenizer, work):
     model.generate = generate
     out, _ = work(model, lines(1), unaided=SamplingParams(max_tokens=20, n=3, temperature=1.0))
     assert out[0].kind == "own" and out[0].record["messages"][-1]["content"] == "second\n#### 1"
-
-
-def test_scores_go_into_the_record(tokenizer, work):
-    model = Scripted(tokenizer, alone={QUESTION.format(0, 1): "#### 1"})
-    out, _ = work(model, lines(1), score=lambda prompt, answer: {"cll_mean": -0.1, "prompt_tokens": len(prompt)})
-    assert out[0].record["cll_mean"] == -0.1 and out[0].record["prompt_tokens"] == len(ConversationEncoder(tokenizer).prompt(lines(1)[0]))
 
 
 def test_a_lost_engine_ends_it(tokenizer, work):

@@ -10,9 +10,10 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 from megatron_plugin import cli
-from megatron_plugin.data import load_tokenizer, read_conversations, train_tokenizer
+from megatron_plugin.data import ConversationEncoder, load_tokenizer, parse_line, read_conversations, train_tokenizer, true_vocab_size
 from megatron_plugin.hooks.weights.files import HFReader
 from megatron_plugin.rollout.engine import EngineLostError
 from megatron_plugin.trainer import hf_engine, realigning
@@ -22,6 +23,7 @@ from tests.rollout.vllm_models import make_model, weights_of
 
 QUESTION = "What is {} + 1?"
 FILES = ("outcomes.jsonl", "realigned.jsonl", "rejected.jsonl")
+SCORES = ("logp", "entropy", "cll", "cll_above_0", "cll_below_minus_1", "cll_below_minus_3", "cll_below_minus_5")
 LINES = [json.dumps({"question": QUESTION.format(i), "answer": f"It is {i + 1} é.\n#### {i + 1}"}, ensure_ascii=False) for i in range(8)]
 LINES[2] = '{"question": "no answer here"}'
 LINES[5] = json.dumps({"question": QUESTION.format(5), "answer": "I do not know."})
@@ -38,8 +40,8 @@ def model_dir(tmp_path_factory):
     """Config and tokenizer: no engine is started here."""
     folder = tmp_path_factory.mktemp("model") / "hf"
     train_tokenizer([QUESTION.format(1), "#### 3 # CoT reference answer question analysis é help own"] * 4, folder, vocab_size=300)
-    config = {"architectures": ["LlamaForCausalLM"], "max_position_embeddings": 2000, "dtype": "float32", "eos_token_id": [5, 2]}
-    (folder / "config.json").write_text(json.dumps(config))
+    model = make_model(folder, "llama", vocab_size=320, max_position_embeddings=2000, eos_token_id=[5, 2])  # 20 columns of padding
+    model.save_pretrained(folder)
     return folder
 
 
@@ -82,16 +84,50 @@ def test_every_line_is_in_one_of_the_two_files(go, tmp_path, capsys):
     assert code == 0
     outcomes, kept, rejected = ([json.loads(line) for line in (tmp_path / "out" / name).read_text("utf-8").splitlines()] for name in FILES)
     assert [x["line"] for x in outcomes] == list(range(1, 9)) and [x["kind"] for x in outcomes] == KINDS
-    assert kept == [x["record"] for x in outcomes if x["kind"] != "rejected"] and rejected == [x for x in outcomes if x["kind"] == "rejected"]
+    assert [{key: value for key, value in x.items() if key not in SCORES} for x in kept] == [x["record"] for x in outcomes if x["kind"] != "rejected"]
+    assert all(set(SCORES) < set(x) for x in kept) and rejected == [x for x in outcomes if x["kind"] == "rejected"]
     reasons = {x["line"]: x["reason"].partition(":")[0] for x in rejected}
     assert reasons == {3: "bad sample", 5: "not verified", 6: "no answer", 8: "no analysis"}
     back = read_conversations(tmp_path / "out" / "realigned.jsonl")
     assert [c.messages[-1].content for c in back] == ["own 0\n#### 1", "with help é\n#### 2", "own 3\n#### 4", "more help\n#### 7"]
     said = capsys.readouterr().out
     assert "8 samples: 2 own (25%), 2 hinted (25%), 4 rejected (50%)" in said and "rejected, 1 x no answer; first, line 6:" in said
-    assert "hinted decoding ended by eos 3" in said and "tokens/s" in said and "realigned.jsonl RUN_OR_CHECKPOINT says it" in said
+    assert "hinted decoding ended by eos 3" in said and "tokens/s" in said
+    mean = sum(x["cll"] for x in kept) / 4
+    assert f"mean cll of an answer under the model: {mean:+.3f} nats" in said and "hinted, " in said
     assert "line 8 of 8: 2 own, 2 hinted, 4 rejected" in said
     assert model.options.end_ids and "never wrote" not in said
+
+
+def test_the_scores_are_those_of_the_models_own_forward(go, model_dir, tmp_path, capsys):
+    """In fp64, over the true vocabulary, of the answer's tokens as training will read them.  A second start scores nothing again."""
+    go()
+    encoder, model = ConversationEncoder(load_tokenizer(model_dir)), AutoModelForCausalLM.from_pretrained(model_dir).double()
+    kept = (tmp_path / "out" / "realigned.jsonl").read_text("utf-8").splitlines()
+    for line in kept:
+        record = json.loads(line)
+        sample = encoder.encode(parse_line(line))
+        with torch.no_grad():
+            logp = model(sample.tokens_T[None]).logits[0, :-1, : true_vocab_size(encoder.tokenizer)].log_softmax(-1)
+        live = sample.labels_T[1:] != -100
+        drawn, entropy = logp.gather(1, sample.tokens_T[1:, None])[live, 0], -(logp.exp() * logp).sum(-1)[live]
+        for name, right in (("logp", drawn), ("entropy", entropy), ("cll", drawn + entropy), ("cll_above_0", (drawn + entropy > 0).double())):
+            assert record[name] == pytest.approx(right.mean().item(), abs=2e-6), name  # written with 6 decimals; measured 6e-7
+    capsys.readouterr()
+    go()
+    assert "by transformers" not in capsys.readouterr().out and (tmp_path / "out" / "realigned.jsonl").read_text("utf-8").splitlines() == kept
+    shutil.rmtree(tmp_path / "out")
+    assert go("--no-score")[0] == 0 and "mean cll" not in capsys.readouterr().out and not (tmp_path / "out" / "scores.jsonl").exists()
+
+
+def test_scores_that_were_cut_off_are_taken_up_again(go, tmp_path):
+    go()
+    out = tmp_path / "out"
+    whole, scores = (out / "realigned.jsonl").read_bytes(), (out / "scores.jsonl").read_bytes()
+    for cut in (0, 40, scores.index(b"\n") + 1, len(scores) - 1):
+        (out / "scores.jsonl").write_bytes(scores[:cut])
+        go()
+        assert (out / "scores.jsonl").read_bytes() == scores and (out / "realigned.jsonl").read_bytes() == whole
 
 
 def test_a_run_cut_off_anywhere_goes_on_without_losing_or_doubling_a_line(go, tmp_path):
@@ -168,6 +204,7 @@ def test_a_tokenizer_without_an_end_or_a_template_or_too_large_is_refused(go, mo
     endless = edited(model_dir, tmp_path / "endless", eos_token=None)
     assert hf_engine.end_ids(load_tokenizer(endless), endless) == (2, 5)
     (endless / "config.json").write_text(json.dumps({"max_position_embeddings": 99}))
+    (endless / "generation_config.json").unlink()
     code, model = go("--out", str(tmp_path / "b"), model=endless)
     assert code == 2 and model is None and "without an end token, and none in generation_config.json" in capsys.readouterr().err
     (endless / "config.json").write_text(json.dumps({"max_position_embeddings": 99, "vocab_size": 250, "eos_token_id": 2}))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -89,8 +89,6 @@ class Realigner:
     decoder: HintedDecoder
     reward: Reward
     options: RealignOptions = field(default_factory=RealignOptions)
-    score: Callable[[Sequence[int], Sequence[int]], Mapping[str, float]] | None = None
-    """(tokens of the plain prompt, tokens of the answer) -> fields for the record, such as its mean cll: vLLM does not give entropies."""
     counts: Counter[str] = field(default_factory=Counter)
     pairs: Counter[str] = field(default_factory=Counter)
     """Counts of hinted decoding, all runs together (HintedRun.counts)."""
@@ -240,8 +238,6 @@ class Realigner:
         except DataError as error:
             return Realigned(source, "rejected", reason=f"cannot be trained on: {error}")
         record = {"messages": messages, "source": source, "kind": kind, "end_reason": end.value, "tokens": len(token_ids), **(extra or {})}
-        if self.score is not None:
-            record |= self.score(item.plain_ids, token_ids)
         return Realigned(item.conversation.source, kind, record)
 
     def _shown(self, conversation: Conversation) -> list[int]:

@@ -1,0 +1,65 @@
+"""Log-probabilities and entropies of samples under a Hugging Face directory, by transformers' own forward: any causal model, on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_plugin.config import ConfigError
+from megatron_plugin.data import IGNORE_INDEX, Sample
+from megatron_plugin.ops import token_stats
+
+__all__ = ["HFScorer"]
+
+LONGEST = 32768
+"""Tokens, of a model that does not say."""
+
+
+class HFScorer:
+    """The model of a directory, in its own dtype, on the GPU where there is one."""
+
+    def __init__(self, model: Path, *, vocab_size: int, rows: int = 8):
+        """vocab_size: the tokenizer's; columns beyond it count as -inf.  rows: of one forward pass.  ConfigError for what transformers cannot load."""
+        from transformers import AutoModelForCausalLM
+
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"transformers cannot load {model}: {error}") from error
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model, self.vocab_size, self.rows = loaded.eval().to(self.device), vocab_size, rows
+        self.dtype = str(loaded.dtype).removeprefix("torch.")
+        self.longest: int = getattr(loaded.config, "max_position_embeddings", None) or LONGEST
+        """Tokens of a sample that the model was made for."""
+
+    def __call__(self, samples: Sequence[Sample]) -> list[tuple[Tensor, Tensor]]:
+        """(log p, entropy) of each, fp32 [T] on the CPU at the tokens' own places, nats; 0 where a token is not trained."""
+        found: dict[int, tuple[Tensor, Tensor]] = {}
+        order = sorted(range(len(samples)), key=lambda i: len(samples[i].tokens_T))  # alike in length: little padding
+        for start in range(0, len(order), self.rows):
+            places = order[start : start + self.rows]
+            found |= zip(places, self._forward([samples[i] for i in places]), strict=True)
+        return [found[i] for i in range(len(samples))]
+
+    @torch.inference_mode()
+    def _forward(self, samples: Sequence[Sample]) -> list[tuple[Tensor, Tensor]]:
+        lengths = [len(sample.tokens_T) for sample in samples]
+        ids_NT = torch.zeros(len(samples), max(lengths), dtype=torch.int64)
+        labels_NT = torch.full_like(ids_NT, IGNORE_INDEX)  # as the logits are: shifted, and nothing predicts the first token
+        for row, (sample, length) in enumerate(zip(samples, lengths, strict=True)):
+            ids_NT[row, :length] = sample.tokens_T
+            labels_NT[row, : length - 1] = sample.labels_T[1:]
+        real_NT = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        live = (labels_NT != IGNORE_INDEX).any(0).nonzero()
+        first = int(live[0]) if len(live) else max(lengths) - 1
+        logits_NTV = self.model(
+            input_ids=ids_NT.to(self.device), attention_mask=real_NT.to(self.device), use_cache=False, logits_to_keep=max(lengths) - first
+        ).logits  # of the answers alone: a prompt's would be the larger part of the memory
+        stats = token_stats(logits_NTV, labels_NT[:, first:].to(self.device), vocab_size=self.vocab_size)
+        logp_NT, entropy_NT = (torch.zeros(ids_NT.shape) for _ in range(2))
+        logp_NT[:, first + 1 :] = stats.logp[:, :-1].float().cpu()
+        entropy_NT[:, first + 1 :] = stats.entropy[:, :-1].float().cpu()
+        return [(logp_NT[row, :length].clone(), entropy_NT[row, :length].clone()) for row, length in enumerate(lengths)]

@@ -13,6 +13,7 @@ import torch
 
 from megatron_plugin.config import ConfigError, as_config_error
 from megatron_plugin.rollout.engine import EngineLostError
+from megatron_plugin.rollout.vllm_model import context_length, read_config
 from megatron_plugin.rollout.vllm_process import EngineOptions, ServerProcess, server_command, server_environment, start_server
 from megatron_plugin.rollout.vllm_versions import check_vllm
 
@@ -23,7 +24,8 @@ ENGINE_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # ours -> vLLM's words
 
 def engine_options(model_dir: str, *, dtype: str, memory: float, **options: Any) -> EngineOptions:
     """EngineOptions in the words of the configuration: dtype fp32 or bf16; memory the share of a GPU, or GiB of key-value cache on a CPU (0:
-    0.5 of a GPU, 0.25 GiB); transfer None: nccl on GPUs, shm on a CPU."""
+    0.5 of a GPU, 0.25 GiB); transfer None: nccl on GPUs, shm on a CPU; max_model_len 0: the model's own."""
+    options["max_model_len"] = context_length(read_config(model_dir), options.get("max_model_len", 0))
     options["transfer"] = options.get("transfer") or ("nccl" if torch.cuda.is_available() else "shm")
     share = dict(gpu_memory_utilization=memory or 0.5, kv_cache_bytes=int((memory or 0.25) * 2**30))
     return EngineOptions(model_dir=model_dir, dtype=ENGINE_DTYPES[dtype], **share, **options)

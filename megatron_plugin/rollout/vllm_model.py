@@ -10,7 +10,10 @@ from typing import Any
 
 from megatron_plugin.rollout.engine import WrongModelError
 
-__all__ = ["CPU_HEAD_SIZES", "ModelDescription", "check_cpu_heads", "computation", "describe_model", "read_config"]
+__all__ = ["CPU_HEAD_SIZES", "ModelDescription", "check_cpu_heads", "computation", "context_length", "describe_model", "read_config"]
+
+LONGEST = 32768
+"""Tokens of the context where none is asked for, however long the model's own is: an engine reserves key-value cache for it."""
 
 CPU_HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Sizes of an attention head that vLLM 0.32 has CPU kernels for, in fp32, bf16 and fp16: those for which its torch.ops._C.get_scheduler_metadata does not
@@ -53,6 +56,14 @@ class ModelDescription:
                                       "model than the trainer trains")  # fmt: skip
             remedy = REMEDIES.get(item.name, "it serves another model than the trainer trains")
             raise WrongModelError(f"{engine}: got a server with {item.name}={got}, expected {expected}: {remedy}")
+
+
+def context_length(config: Mapping[str, Any], asked: int = 0) -> int:
+    """Tokens of prompt and answer: those asked for, or with 0 the model's own, at most 32768.  ValueError for more than the model has positions."""
+    own = config.get("max_position_embeddings") or 0
+    if asked < 0 or (own and asked > own):
+        raise ValueError(f"got a context of {asked} tokens, expected at most max_position_embeddings {own} of config.json; leave it out for the model's own")
+    return asked or min(LONGEST, own or LONGEST)
 
 
 def computation(config: Mapping[str, Any]) -> dict[str, Any]:

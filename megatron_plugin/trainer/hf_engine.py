@@ -16,13 +16,11 @@ import torch
 from megatron_plugin.hooks.weights.files import HFReader
 from megatron_plugin.rollout.transfer import send_weights
 from megatron_plugin.rollout.transports.shm import SharedMemory
-from megatron_plugin.rollout.vllm_model import read_config
+from megatron_plugin.rollout.vllm_model import context_length, read_config
 from megatron_plugin.rollout.vllm_process import EngineOptions
 
 __all__ = ["end_ids", "fill", "hf_engine_options", "started", "weights_of"]
 
-LONGEST = 32768
-"""Tokens of the context where none is asked for, however long the model's own is."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 IGNORED = ("rotary_emb.inv_freq",)  # in old Llama directories; computed, not loaded
 Engine = TypeVar("Engine")
@@ -37,9 +35,8 @@ def hf_engine_options(model: Path, *, context: int = 0, memory: float = 0.0, **o
     dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     if dtype not in DTYPES:
         raise ValueError(f"got dtype {dtype!r} in config.json, expected one of {', '.join(DTYPES)}")
-    longest = context or min(LONGEST, config.get("max_position_embeddings") or LONGEST)
     return EngineOptions(
-        model_dir=str(model), dtype=dtype, max_model_len=longest, gpu_memory_utilization=memory or 0.9,
+        model_dir=str(model), dtype=dtype, max_model_len=context_length(config, context), gpu_memory_utilization=memory or 0.9,
         kv_cache_bytes=int((memory or 0.25) * 2**30), **others,
     )  # fmt: skip
 

@@ -11,11 +11,9 @@ from torch import Tensor
 from megatron_plugin.config import ConfigError
 from megatron_plugin.data import IGNORE_INDEX, Sample
 from megatron_plugin.ops import token_stats
+from megatron_plugin.rollout.vllm_model import context_length
 
 __all__ = ["HFScorer"]
-
-LONGEST = 32768
-"""Tokens, of a model that does not say."""
 
 
 class HFScorer:
@@ -32,8 +30,8 @@ class HFScorer:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, self.vocab_size, self.rows = loaded.eval().to(self.device), vocab_size, rows
         self.dtype = str(loaded.dtype).removeprefix("torch.")
-        self.longest: int = getattr(loaded.config, "max_position_embeddings", None) or LONGEST
-        """Tokens of a sample that the model was made for."""
+        self.longest = context_length(loaded.config.to_dict())
+        """Tokens of a sample that can be scored."""
 
     def __call__(self, samples: Sequence[Sample]) -> list[tuple[Tensor, Tensor]]:
         """(log p, entropy) of each, fp32 [T] on the CPU at the tokens' own places, nats; 0 where a token is not trained."""

@@ -12,6 +12,7 @@ import pytest
 from megatron_plugin.config import ConfigError
 from megatron_plugin.rollout import serve as serve_module
 from megatron_plugin.rollout.serve import check_port, serve
+from megatron_plugin.rollout.vllm_model import context_length
 from megatron_plugin.rollout.vllm_process import _members
 from tests.rollout.vllm_models import config_of
 
@@ -130,3 +131,13 @@ def test_one_line_when_it_is_ready_and_no_process_left(vllm, folder, tmp_path, e
     assert out == "" and not any(_members(child) for child in children)
     assert job.returncode == (143 if end == "signal" else 5)
     assert end == "signal" or ("vLLM ended with exit code 7; the end of" in err and "out of memory" in err)
+
+
+@pytest.mark.parametrize("own, asked, length", [(512, 0, 512), (512, 100, 100), (None, 0, 32768), (131072, 0, 32768), (131072, 40000, 40000)])
+def test_the_context_is_the_models_own_where_none_is_asked_for(own, asked, length):
+    assert context_length({"max_position_embeddings": own}, asked) == length
+
+
+def test_a_context_longer_than_the_model_is_refused(folder):
+    with pytest.raises(ConfigError, match="got a context of 9999 tokens, expected at most max_position_embeddings 512"):
+        serve(str(folder / "engine"), host="127.0.0.1", port=1, public=False, dtype="fp32", memory=0.0, log="", options={"max_model_len": 9999})

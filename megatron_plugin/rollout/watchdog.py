@@ -25,6 +25,7 @@ def watch_parent() -> None:
 
 
 def _watch(parent: int, owner: str) -> None:
-    while os.getppid() == parent and os.path.exists(f"/proc/{owner}"):
+    orphan = parent == 1 and owner != "1"  # the parent went while this process was still importing
+    while not orphan and os.getppid() == parent and os.path.exists(f"/proc/{owner}"):
         time.sleep(PERIOD_S)
     os.kill(os.getpid(), signal.SIGKILL)

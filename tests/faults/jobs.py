@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-MARK = "MEGATRON_PLUGIN_TEST_JOB"
-"""Environment variable that every descendant of a job inherits, also one in a session of its own."""
 
 
 class Job:
@@ -26,7 +24,8 @@ class Job:
         words = [sys.executable, *starter, "tests/faults/interrupted.py", "train", config, *(f"{key}={value}" for key, value in overrides.items())]
         # A rank of a test session would not be alone
         given = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_ERROR_FILE")}
-        given |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", MARK: self.mark, "PLANT": json.dumps({**plant, "mark": str(self.waits)})}
+        given |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PLANT": json.dumps({**plant, "mark": str(self.waits)})}
+        given["PATH"] = f"{os.environ['PATH']}:/of/{self.mark}"  # every descendant inherits it, verifiers too, which are given little else
         self.log = folder / "output.txt"
         with open(self.log, "wb") as output:
             self.process = subprocess.Popen(words, cwd=ROOT, env=given, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
@@ -70,7 +69,7 @@ class Job:
             if entry.name.isdigit():
                 try:
                     dead = (entry / "stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-                    if not dead and f"{MARK}={self.mark}".encode() in (entry / "environ").read_bytes():
+                    if not dead and self.mark.encode() in (entry / "environ").read_bytes():
                         found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:200]
                 except OSError:
                     continue  # ended meanwhile

@@ -248,6 +248,21 @@ def test_the_watchdog_ends_a_chain_of_processes():
     assert not left
 
 
+def test_the_watchdog_ends_a_process_whose_parent_is_gone_already():
+    """The owner lives: a server that was killed while its engine process was importing."""
+    parent = "import os, subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import time; time.sleep(0.7)\\n' + os.environ['WATCHED'], 'worker'])"
+    environment = os.environ | {"WATCHED": WATCHED, "PYTHONPATH": str(ROOT), "MEGATRON_PLUGIN_OWNER": str(os.getpid())}
+    with subprocess.Popen([sys.executable, "-c", parent], env=environment, stdout=subprocess.PIPE, text=True) as gone:
+        gone.wait()
+        said = gone.stdout.readline()  # a process id, or nothing where it was killed before it could say so
+    deadline = time.monotonic() + 10
+    while said and (left := _alive(int(said))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if said and left:
+        os.kill(int(said), signal.SIGKILL)
+        pytest.fail("it lives on without its parent")
+
+
 def _alive(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

@@ -45,10 +45,14 @@ def attempt(module: ModuleType) -> dict:
                 seconds = None
         worst = max(worst, time.perf_counter() - begin if seconds is None else seconds)
         print(f"{name}: {case.name}: {'FAILED' if case.name in failed else 'held'}, {time.perf_counter() - begin:.1f} s", flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=TABLE.parent, capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run(["git", "status", "--porcelain", "-uno", "--", ".", ":!FAULTS.md"], cwd=TABLE.parent, capture_output=True, text=True).stdout.strip()
+    commit = _git("rev-parse", "--short", "HEAD")
+    changed = _git("status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)tests/FAULTS.md")
     return {"promise": module.PROMISE, "module": name, "tries": tries, "failures": f"{len(failed)}{' (' + ', '.join(failed) + ')' if failed else ''}",
             "worst": f"{worst:.1f} s", "on": f"{date.today()}, {commit}{' and changes' if changed else ''}"}  # fmt: skip
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=TABLE.parent, capture_output=True, text=True).stdout.strip()
 
 
 def _rows() -> dict[str, str]:

@@ -46,31 +46,34 @@ def _raises_on_policy(folder: Path, *, point: str) -> float:
 
 def _ends(job: Job, folder: Path, point: str, rank: int) -> float:
     """Seconds from the exception to the end of the job."""
-    job.until(lambda: job.waits.exists() or job.process.poll() is not None, 400)
-    assert job.waits.exists(), job.output[-3000:]
-    job.wait(120)
-    seconds = time.time() - float(job.waits.read_text())
-    output = job.output
-    assert job.process.returncode == 1, output[-2000:]
-    assert f"rank {rank}: Traceback" in output, output[-3000:]
-    last = output.rindex("Traceback (most recent call last):")
-    assert f"PlantedError: planted in {point}" in output[output.index("Root Cause (first observed failure)") :], "torchrun prints it last"
-    assert output.count("PlantedError: planted in") <= 3 and "PlantedError" in output[output.index(f"rank {rank}: Traceback") : last + 5000]
-    job.nothing_is_left()
+    with job:
+        job.until(lambda: job.waits.exists() or job.process.poll() is not None, 400)
+        assert job.waits.exists(), job.output[-3000:]
+        job.wait(120)
+        seconds = time.time() - float(job.waits.read_text())
+        output = job.output
+        assert job.process.returncode == 1, output[-2000:]
+        assert f"rank {rank}: Traceback" in output, output[-3000:]
+        last = output.rindex("Traceback (most recent call last):")
+        assert f"PlantedError: planted in {point}" in output[output.index("Root Cause (first observed failure)") :], "torchrun prints it last"
+        assert output.count("PlantedError: planted in") <= 3 and "PlantedError" in output[output.index(f"rank {rank}: Traceback") : last + 5000]
+        job.nothing_is_left()
     assert seconds <= WITHIN_S * slower(), f"took {seconds:.0f} s"
     return seconds
 
 
 def _killed(folder: Path, *, whom: str) -> float:
     """Seconds until nothing was left."""
-    job = Job(folder, 2, {"rank": 0, "step": 2, "point": "judging", "do": "wait"}, policy_run(folder), config="configs/chord.yaml")
-    job.until_it_waits(400)
-    before = job.left()
-    assert any("vllm" in command for command in before.values()) and any("reward_worker" in command for command in before.values()), before
-    ranks = [pid for pid, command in before.items() if "interrupted.py" in command and "torch.distributed.run" not in command]
-    begin = time.monotonic()
-    os.kill(job.process.pid if whom == "torchrun" else min(ranks), signal.SIGKILL)
-    if whom == "a rank":
-        job.wait(120)
-    job.nothing_is_left(30 * slower())
-    return time.monotonic() - begin
+    plant = {"rank": 0, "step": 2, "point": "judging", "do": "wait"}
+    overrides = policy_run(folder) | {"rollout.reward": "math"}  # numeric ones need no verifiers
+    with Job(folder, 2, plant, overrides, config="configs/chord.yaml") as job:
+        job.until_it_waits(400)
+        before = job.left()
+        assert any("vllm" in command for command in before.values()) and any("reward_worker" in command for command in before.values()), before
+        ranks = [pid for pid, command in before.items() if "interrupted.py" in command and "torch.distributed.run" not in command]
+        begin = time.monotonic()
+        os.kill(job.process.pid if whom == "torchrun" else min(ranks), signal.SIGKILL)
+        if whom == "a rank":
+            job.wait(120)
+        job.nothing_is_left(30 * slower())
+        return time.monotonic() - begin

@@ -30,6 +30,13 @@ class Job:
         with open(self.log, "wb") as output:
             self.process = subprocess.Popen(words, cwd=ROOT, env=given, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Nothing of it lives on, whatever the test has found."""
+        self.kill()
+
     @property
     def output(self) -> str:
         return self.log.read_text(errors="replace")

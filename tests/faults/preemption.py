@@ -47,12 +47,13 @@ def _try(folder: Path, *, moment: tuple[str, int, int, int], plant: Mapping[str,
     overrides = small_run(folder, **{
         "train.steps": str(STEPS), "checkpoint.interval": "3", "train.eval_interval": "5", "data.eval_samples": "8", "train.global_batch": "4", **more})  # fmt: skip
     job = Job(folder, ranks, {"rank": 0, "step": step, "point": point, "do": "wait", **plant}, overrides | ({"parallel.tensor": "2"} if ranks else {}))
-    job.until_it_waits()
-    seconds = job.send(number)
-    code, said = {signal.SIGTERM: (143, "SIGTERM"), signal.SIGINT: (130, "SIGINT")}[number]
-    _check(job, folder, said)
-    if not ranks:
-        assert job.process.returncode == code, f"exit code {job.process.returncode}: {job.output[-2000:]}"
+    with job:
+        job.until_it_waits()
+        seconds = job.send(number)
+        code, said = {signal.SIGTERM: (143, "SIGTERM"), signal.SIGINT: (130, "SIGINT")}[number]
+        _check(job, folder, said)
+        if not ranks:
+            assert job.process.returncode == code, f"exit code {job.process.returncode}: {job.output[-2000:]}"
     assert seconds <= WITHIN_S * slower(), f"took {seconds:.0f} s"
     if point == "inside optimizer":  # the step that was under way is complete and saved, and the same command goes on from it
         again = Job(folder, ranks, {"rank": -1}, overrides | {"parallel.tensor": "2", "train.steps": "12", "checkpoint.interval": "0"})
@@ -73,10 +74,10 @@ def _check(job: Job, folder: Path, said: str) -> None:
 
 
 def _rollout(folder: Path, *, point: str) -> float:
-    job = Job(folder, 2, {"rank": 0, "step": 3, "point": point, "do": "wait"}, policy_run(folder), config="configs/chord.yaml")
-    job.until_it_waits(400)
-    seconds = job.send(signal.SIGTERM)
-    _check(job, folder, "SIGTERM")
+    with Job(folder, 2, {"rank": 0, "step": 3, "point": point, "do": "wait"}, policy_run(folder), config="configs/chord.yaml") as job:
+        job.until_it_waits(400)
+        seconds = job.send(signal.SIGTERM)
+        _check(job, folder, "SIGTERM")
     assert read_metrics(folder / "run")[-1]["step"] == 2, "the third step was given up"
     assert seconds <= WITHIN_S * slower(), f"took {seconds:.0f} s"
     return seconds

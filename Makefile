@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 PY := .venv/bin/python
 export OMP_NUM_THREADS := 1
 
-.PHONY: test test-mutants test-faults test-versions test-parity lint demo demo-onpolicy demo-onpolicy-seeds demo-realign dynamics setup clean
+.PHONY: test test-commands test-mutants test-faults test-versions test-parity test-smoke lint docs demo demo-onpolicy demo-onpolicy-seeds demo-realign dynamics setup clean
 setup: .venv/ok
 .venv/ok: requirements/py311-cpu.txt pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv .venv
@@ -12,13 +12,20 @@ setup: .venv/ok
 	touch $@
 
 test: setup lint
-	$(PY) -m pytest -n 2 --dist loadfile
+	$(PY) -m pytest -n 2 --dist loadfile --durations 15
 
 lint: setup
 	$(PY) -m ruff check .
+	$(PY) -m mypy --no-error-summary
+
+docs: setup
+	$(PY) -m mkdocs build --strict
 
 test-mutants: setup
 	$(PY) -m tests.mutants
+
+test-commands: setup
+	$(PY) -m tests.walk.run
 
 test-faults: setup
 	$(PY) -m tests.faults.run
@@ -28,6 +35,9 @@ test-versions: setup
 
 test-parity: setup
 	$(PY) -m tests.parity.run
+
+test-smoke: setup
+	SMOKE_ALL=1 $(PY) -m pytest tests/cli/test_smoke_runs.py
 
 demo: setup
 	$(PY) examples/demo.py

@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks._harness import Contender, NotMeasured, Run, Work
+from megatron_plugin.bench.harness import Contender, NotMeasured, Run, Work
 
 
 def _streams(function) -> Run:

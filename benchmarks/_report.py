@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import json
 import os
 import sys
@@ -14,7 +12,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import _machine, shapes
-from benchmarks._harness import Contender, NotMeasured, Work, compare
+from megatron_plugin.bench.harness import Contender, NotMeasured, Work, compare
+from megatron_plugin.bench.machine import keep_freed_memory
 
 
 class Report:
@@ -35,7 +34,7 @@ class Report:
         self.deadline = self.began + self.options.budget
         torch.manual_seed(shapes.SEED)
         if self.device == "cpu":
-            _keep_freed_memory()
+            keep_freed_memory()
         self.header = _machine.describe(self.device) | {"benchmark": name, "claim": self.claim, "tiny": self.options.tiny}
         print(f"# {name}: {self.claim}", flush=True)
 
@@ -71,15 +70,6 @@ class Report:
             self.header["load_after"] = round(os.getloadavg()[0], 2)
             self.header["seconds"] = round(time.monotonic() - self.began, 1)
             self.options.out.write_text(json.dumps({"runs": [self.header], "rows": self.rows}, indent=1) + "\n")
-
-
-def _keep_freed_memory() -> None:
-    """As with jemalloc, which PyTorch's tuning guide recommends: returning each [T, V] temporary to the system and faulting it in again
-    takes up to two thirds of the time of contenders that make them."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no mapping of its own for a large block
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
 
 
 def _left_out(case):

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks._harness import NotMeasured, Run
-from benchmarks.cases import LogitsCase, objective_sum
+from megatron_plugin.bench.cases import LogitsCase, objective_sum
+from megatron_plugin.bench.harness import NotMeasured, Run
+from megatron_plugin.bench.pytorch import in_place
 
 
 def files_alone(module: str, *, bare: tuple[str, ...] = (), forget: bool = False) -> types.ModuleType:
@@ -64,21 +65,6 @@ def megatron_group():
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(1, create_gloo_process_groups=False)  # gloo wants a resolvable host name
     return parallel_state.get_tensor_model_parallel_group()
-
-
-def compiled(function: Callable) -> Callable:
-    """For one static shape; the report resets the compiler between shapes, so no recompilation limit is met."""
-    return torch.compile(function, dynamic=False)
-
-
-def in_place(case: LogitsCase):
-    """prepare: fresh logits, since the rival may write over them."""
-
-    def prepare():
-        case.restore()
-        return case.leaf()
-
-    return prepare
 
 
 def from_nll(case: LogitsCase, objective: str, nll_of: Callable[[torch.Tensor], torch.Tensor]) -> Run:

@@ -3,11 +3,12 @@
 The default (Plan.chunk_tokens = None) stands beside fixed sizes and the three products at full T.
 """
 
-from benchmarks import ours_linear, shapes
+from benchmarks import shapes
 from benchmarks._ceilings import gemm_ceiling
-from benchmarks._harness import Contender, Work
 from benchmarks._report import Report
-from benchmarks.cases import linear_case
+from megatron_plugin.bench import ours_linear
+from megatron_plugin.bench.cases import linear_case
+from megatron_plugin.bench.harness import Contender, Work
 
 CHUNKS = {"cpu": (64, 128, 256, 512, 1024), "cuda": (512, 1024, 2048, 4096, 8192)}
 

@@ -14,11 +14,11 @@ import torch
 
 from benchmarks import shapes
 from benchmarks._ceilings import memory_ceilings
-from benchmarks._harness import Contender, NotMeasured, Run, Work, relative_error
 from benchmarks._machine import ROOT
 from benchmarks._report import Report
-from benchmarks.cases import IGNORE, LogitsCase, coefficients, logits_case
-from benchmarks.ours import bound
+from megatron_plugin.bench.cases import IGNORE, LogitsCase, coefficients, logits_case
+from megatron_plugin.bench.harness import Contender, NotMeasured, Run, Work, relative_error
+from megatron_plugin.bench.ours import bound
 
 PER_THREAD = (8, 64)
 """Fewest and most elements of a block per thread: fewer idle, more spill."""

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ours, ours_linear, rivals, rivals_linear, shapes
-from benchmarks._harness import MIB, Contender, check, reason_of
+from benchmarks import rivals, rivals_linear, shapes
 from benchmarks._machine import ROOT
 from benchmarks._report import Report
-from benchmarks.cases import linear_case, logits_case
+from megatron_plugin.bench import ours, ours_linear
+from megatron_plugin.bench.cases import linear_case, logits_case
+from megatron_plugin.bench.harness import MIB, Contender, check, reason_of
 
 MEASURED = {  # which contenders, by (hidden-in, dtype)
     (True, "bf16"): ("ours.linear_token_loss", "ours.linear_token_loss main_grad", "ours.linear_token_stats", "eager", "compile.lse",

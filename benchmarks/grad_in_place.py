@@ -3,11 +3,12 @@
 Bytes: 2 x T x V x itemsize.  Statistics are already known, for ours and for the compiled formula alike; both form the label's column in fp32.
 """
 
-from benchmarks import ours, rivals, shapes
+from benchmarks import rivals, shapes
 from benchmarks._ceilings import memory_ceilings
-from benchmarks._harness import Contender, Work
 from benchmarks._report import Report
-from benchmarks.cases import logits_case
+from megatron_plugin.bench import ours
+from megatron_plugin.bench.cases import logits_case
+from megatron_plugin.bench.harness import Contender, Work
 
 
 def main() -> None:

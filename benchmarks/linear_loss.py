@@ -4,11 +4,12 @@ One-pass (`ours.linear_token_loss`): 6 THV operations, gradient formed in the fo
 objective.  Rates count 6 THV for everyone.  Peak memory is what a call allocates beyond hidden and weight, its gradients included.
 """
 
-from benchmarks import ours_linear, rivals_linear, shapes
+from benchmarks import rivals_linear, shapes
 from benchmarks._ceilings import gemm_ceiling
-from benchmarks._harness import MIB, Work
 from benchmarks._report import Report
-from benchmarks.cases import linear_case
+from megatron_plugin.bench import ours_linear
+from megatron_plugin.bench.cases import linear_case
+from megatron_plugin.bench.harness import MIB, Work
 
 
 def main() -> None:

@@ -4,11 +4,12 @@ Objective: DFT with an entropy bonus; contenders that know no entropy do less an
 itemsize.  `ours.token_loss` is what a training step calls; `ours.token_stats` is the form for any objective written in PyTorch.
 """
 
-from benchmarks import ours, rivals, shapes
+from benchmarks import rivals, shapes
 from benchmarks._ceilings import memory_ceilings
-from benchmarks._harness import Contender, Work
 from benchmarks._report import Report
-from benchmarks.cases import logits_case
+from megatron_plugin.bench import ours
+from megatron_plugin.bench.cases import logits_case
+from megatron_plugin.bench.harness import Contender, Work
 
 
 def main() -> None:

@@ -4,11 +4,12 @@ DFT weighs a token by p, CHORD-phi by p (1 - p): many rows weigh next to nothing
 is the whole gradient's against the exact truth.  An entropy bonus gives every row a weight, so there is none here.
 """
 
-from benchmarks import ours_linear, shapes
+from benchmarks import shapes
 from benchmarks._ceilings import gemm_ceiling
-from benchmarks._harness import Contender, Work
 from benchmarks._report import Report
-from benchmarks.cases import coefficients, linear_case
+from megatron_plugin.bench import ours_linear
+from megatron_plugin.bench.cases import coefficients, linear_case
+from megatron_plugin.bench.harness import Contender, Work
 
 THRESHOLDS = (0.0, 1e-3, 1e-2, 3e-2, 1e-1)
 

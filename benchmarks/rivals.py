@@ -6,49 +6,16 @@ A builder takes a case and returns a Run; what it imports, it imports inside.  T
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from benchmarks._harness import Contender, NotMeasured, Run
-from benchmarks._rival_tools import compiled, files_alone, from_nll, in_place, megatron_group, needs
-from benchmarks.cases import IGNORE, LogitsCase, coefficients, objective_sum
+from benchmarks._rival_tools import files_alone, from_nll, megatron_group, needs
+from megatron_plugin.bench.cases import IGNORE, LogitsCase, coefficients, objective_sum
+from megatron_plugin.bench.harness import Contender, NotMeasured, Run
+from megatron_plugin.bench.pytorch import compiled, expression, in_place, stats_in_one_expression, stats_log_softmax, stats_lse
 
 # ---- statistics, no gradient
-
-
-def stats_log_softmax(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(logp, entropy) as most trainers write them."""
-    log_p = (logits.float() / temperature).log_softmax(-1)
-    logp = log_p.gather(-1, labels.clamp(min=0)[:, None])[:, 0]
-    live = labels != IGNORE
-    return torch.where(live, logp, 0.0), torch.where(live, -(log_p.exp() * log_p).sum(-1), 0.0)
-
-
-def stats_lse(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(logp, entropy) in the form with the fewest passes: lse - sum(p z)."""
-    z = logits.float() / temperature
-    lse = z.logsumexp(-1)
-    logp = z.gather(-1, labels.clamp(min=0)[:, None])[:, 0] - lse
-    entropy = lse - (torch.exp(z - lse[:, None]) * z).sum(-1)
-    live = labels != IGNORE
-    return torch.where(live, logp, 0.0), torch.where(live, entropy, 0.0)
-
-
-def stats_in_one_expression(function: Callable, compile: bool = False):
-    def build(case: LogitsCase) -> Run:
-        run = compiled(function) if compile else function
-
-        @torch.no_grad()
-        def call(_):
-            logp, entropy = run(case.logits, case.labels, case.shape.temperature)
-            return {"logp": logp, "entropy": entropy}
-
-        return Run(call)
-
-    return build
 
 
 def nll_torch(compile: bool = False):
@@ -78,24 +45,6 @@ STATS = [
 
 
 # ---- forward and backward
-
-
-def _expression(objective: str, function: Callable, compile: bool = False):
-    """Autograd through one of the expressions above."""
-
-    def build(case: LogitsCase) -> Run:
-        def forward(logits, labels, live):
-            return objective_sum(objective, *function(logits, labels, case.shape.temperature), live)
-
-        run = compiled(forward) if compile else forward
-
-        def call(logits):
-            loss = run(logits, case.labels, case.live)
-            return {f"loss:{objective}": loss, f"dlogits:{objective}": torch.autograd.grad(loss, logits)[0]}
-
-        return Run(call, in_place(case))
-
-    return build
 
 
 def torch_cross_entropy(objective: str, compile: bool = False):
@@ -249,9 +198,9 @@ def apex_xentropy(objective: str):
 
 
 FORWARD_BACKWARD = [
-    Contender("eager", _expression("dft+entropy", stats_log_softmax), "autograd of log_softmax"),
-    Contender("compile.log_softmax", _expression("dft+entropy", stats_log_softmax, True), "torch.compile of the same", slow_start=True),
-    Contender("compile.lse", _expression("dft+entropy", stats_lse, True), "torch.compile of lse - sum(p z)", slow_start=True),
+    Contender("eager", expression("dft+entropy", stats_log_softmax), "autograd of log_softmax"),
+    Contender("compile.log_softmax", expression("dft+entropy", stats_log_softmax, True), "torch.compile of the same", slow_start=True),
+    Contender("compile.lse", expression("dft+entropy", stats_lse, True), "torch.compile of lse - sum(p z)", slow_start=True),
     Contender("F.cross_entropy", torch_cross_entropy("dft"), "no entropy"),
     Contender("compile.F.cross_entropy", torch_cross_entropy("dft", True), "no entropy", slow_start=True),
     Contender("mcore.unfused", megatron_cross_entropy("dft", False), "no entropy"),
@@ -269,7 +218,7 @@ FORWARD_BACKWARD = [
 # ---- gradient alone, from statistics already known
 
 
-def gradient_expression():
+def gradientexpression():
     """The gradient written over the logits by one compiled expression; the label's column in fp32, as ours."""
 
     def grad_(logits, labels, a, b, logp, entropy, lse, temperature):
@@ -295,4 +244,4 @@ def gradient_expression():
     return build
 
 
-GRADIENT = [Contender("compile.where", gradient_expression(), "torch.compile of the formula, in place", slow_start=True)]
+GRADIENT = [Contender("compile.where", gradientexpression(), "torch.compile of the formula, in place", slow_start=True)]

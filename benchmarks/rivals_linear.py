@@ -3,41 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks._harness import Contender, NotMeasured, Run
-from benchmarks._rival_tools import compiled, files_alone, needs
-from benchmarks.cases import IGNORE, LinearCase, objective_sum
-from benchmarks.rivals import megatron_nll, stats_log_softmax, stats_lse
-
-
-def gradients(case: LinearCase, objective: str, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Run:
-    """loss_of(hidden, weight) -> differentiable scalar."""
-
-    def call(leaves):
-        hidden, weight = leaves
-        loss = loss_of(hidden, weight)
-        d_hidden, d_weight = torch.autograd.grad(loss, leaves)
-        return {f"loss:{objective}": loss, f"dhidden:{objective}": d_hidden, f"dweight:{objective}": d_weight}
-
-    return Run(call, case.leaves)
-
-
-def full_logits(objective: str, function: Callable, compile: bool = False):
-    """The head and the loss as most trainers write them: logits [T, V] in memory, autograd for the rest."""
-
-    def build(case: LinearCase) -> Run:
-        def forward(hidden, weight, labels, live):
-            return objective_sum(objective, *function(hidden @ weight.t(), labels, case.shape.temperature), live)
-
-        run = compiled(forward) if compile else forward
-        return gradients(case, objective, lambda hidden, weight: run(hidden, weight, case.labels, case.live))
-
-    return build
+from benchmarks._rival_tools import files_alone, needs
+from benchmarks.rivals import megatron_nll
+from megatron_plugin.bench.cases import IGNORE, LinearCase, objective_sum
+from megatron_plugin.bench.harness import Contender, NotMeasured, Run
+from megatron_plugin.bench.pytorch import full_logits, gradients, stats_log_softmax, stats_lse
 
 
 def _nll(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, None]:

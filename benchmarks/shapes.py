@@ -3,40 +3,13 @@
 T tokens, H hidden, V columns of the vocabulary in one tensor (a shard of it under tensor parallelism).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-SEED = 20261121
-ITEMSIZE = {"bf16": 2, "fp32": 4}
+from megatron_plugin.bench.shape import ITEMSIZE, SEED, Shape
+
+__all__ = ["CONFIGS", "ITEMSIZE", "SEED", "Shape"]
+
 TOKENS, HIDDEN, VOCABULARIES = (8192, 4096, 32768), (4096, 8192), (151936, 131072, 262144, 32768)
-
-
-@dataclass(frozen=True)
-class Shape:
-    T: int
-    V: int
-    H: int = 0
-    dtype: str = "bf16"
-    temperature: float = 1.0
-    masked: float = 0.0
-    """Share of rows labelled ignore_index."""
-    held_out: bool = False
-    rivals: bool = True
-    """All contenders; False where those that compile or tune for seconds (hidden-in: all rivals) are left out."""
-    seed: int = SEED
-
-    @property
-    def logits_bytes(self) -> int:
-        return self.T * self.V * ITEMSIZE[self.dtype]
-
-    @property
-    def gemm_flops(self) -> int:
-        """Of the three products of a head: logits, dX, dW."""
-        return 6 * self.T * self.H * self.V
-
-    def __str__(self) -> str:
-        size = "x".join(str(n) for n in (self.T, self.H, self.V) if n)
-        extra = [f"temperature {self.temperature}"] * (self.temperature != 1) + [f"{self.masked:.0%} masked"] * (self.masked > 0)
-        return " ".join([size, self.dtype, *extra])
 
 
 def _held_out(*shapes: Shape) -> list[Shape]:

@@ -3,11 +3,12 @@
 Bytes: T x V x itemsize, read once.  Against PyTorch's expressions, compiled and not, and against streams that do nothing but read.
 """
 
-from benchmarks import ours, rivals, shapes
+from benchmarks import rivals, shapes
 from benchmarks._ceilings import memory_ceilings
-from benchmarks._harness import Contender, Work
 from benchmarks._report import Report
-from benchmarks.cases import logits_case
+from megatron_plugin.bench import ours
+from megatron_plugin.bench.cases import logits_case
+from megatron_plugin.bench.harness import Contender, Work
 
 
 def main() -> None:

@@ -8,11 +8,11 @@ import torch
 
 from benchmarks import rivals, shapes
 from benchmarks._ceilings import memory_ceilings
-from benchmarks._harness import Contender, Run, Work
 from benchmarks._report import Report
 from benchmarks._rival_tools import in_place
-from benchmarks.cases import IGNORE, LogitsCase, logits_case, objective_sum
-from benchmarks.ours import bound
+from megatron_plugin.bench.cases import IGNORE, LogitsCase, logits_case, objective_sum
+from megatron_plugin.bench.harness import Contender, Run, Work
+from megatron_plugin.bench.ours import bound
 
 RANKS = 8
 PARALLEL = ("eager", "mcore.unfused", "mcore.fused", "mcore+entropy", "liger.vocab_parallel", "te")

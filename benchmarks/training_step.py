@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from benchmarks import shapes
-from benchmarks._harness import Contender, Run, Work
 from benchmarks._report import Report
 from benchmarks._rival_tools import megatron_group
-from benchmarks.cases import objective_sum
-from benchmarks.ours import bound
 from benchmarks.rivals import megatron_nll, stats_lse
+from megatron_plugin.bench.cases import objective_sum
+from megatron_plugin.bench.harness import Contender, Run, Work
+from megatron_plugin.bench.ours import bound
 
 OBJECTIVE = "dft"
 MICRO_BATCH = 4

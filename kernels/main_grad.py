@@ -23,7 +23,8 @@ class MainGrad:
         self.weight = weight
         self._pending = 0
         self._strangers: Tensor | None = None  # 0-d on the device: backwards whose upstream gradient was not grad_scale
-        self._seen = self._expected = None  # 0-d on the device: upstream gradient and grad_scale of one of them
+        self._seen: Tensor | None = None  # 0-d on the device: upstream gradient of one of them
+        self._expected: Tensor | None = None  # its grad_scale
 
     def target(self) -> Tensor:
         """`weight.main_grad`.  ValueError where there is none, or of another shape or device."""
@@ -50,7 +51,7 @@ class MainGrad:
         upstream = upstream.detach().float()
         expected = torch.zeros_like(upstream) + grad_scale  # a fill or an add: no copy from the host that a queue would wait for
         strange = ~((upstream - expected).abs() <= AGREE * expected.abs())
-        if self._strangers is None:
+        if self._strangers is None or self._seen is None or self._expected is None:
             self._strangers = torch.zeros_like(upstream, dtype=torch.int32)
             self._seen, self._expected = torch.zeros_like(upstream), torch.zeros_like(upstream)
         self._strangers += strange
@@ -65,7 +66,7 @@ class MainGrad:
         memory, which ColumnParallelLinear's own placeholder does; p.grad is None again after DDP's hook.
         """
         weight = self.weight
-        weight.grad_added_to_main_grad = True
+        weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]  # what DDP's hook looks for
         return torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device, layout=torch.sparse_coo)
 
     def reset(self) -> None:
@@ -86,7 +87,7 @@ class MainGrad:
                 "recompute of the head, or a loss that was dropped; use linear_token_stats (two-pass), or leave plan.main_grad out.  If the forward belonged to "
                 "an earlier step that was given up and its gradients zeroed, call reset() there (attach: handle.forget_step())"
             )
-        if strangers is not None and (count := int(strangers)):
+        if strangers is not None and seen is not None and expected is not None and (count := int(strangers)):
             raise RuntimeError(
                 f"{count} backward(s) of the head brought the upstream gradient {float(seen):g}, expected plan.grad_scale = {float(expected):g}, "
                 "with which dW went into main_grad in the forward: pass the factor between loss_sum and the scalar that backward() starts from "

@@ -1,5 +1,7 @@
 """`megatron-plugin doctor`: what is installed here, what of it is used, what is broken and how to mend it; with --data, the same of data files.
 
+Last, what can be done here: a line for each feature, with what is missing for it.  With --config or --tokenizer also whether the vocabulary fits.
+
 Three kinds of lines: "ok", "note" (something is missing or idle that is not needed) and "BROKEN".  Nothing is changed, except that the C++
 kernels are compiled if they were not yet.
 """
@@ -13,9 +15,14 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-__all__ = ["BrokenError", "Finding", "examine", "report", "report_data"]
+from megatron_plugin.cli.features import rows
+
+if TYPE_CHECKING:
+    from megatron_plugin.config import Config
+
+__all__ = ["BrokenError", "Finding", "examine", "report", "report_data", "report_vocabulary"]
 
 SUPPORTED = ((0, 14), (0, 19))
 """Minor versions of megatron-core, first and last: hooks/VERSIONS.md."""
@@ -53,10 +60,23 @@ def report() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # megatron-core's page about what is not installed: our lines say it shorter
         for finding in examine():
-            print(f"{finding.state:<7} {finding.what:<20} {finding.text}", flush=True)
+            print(f"{finding.state:<7} {finding.what:<27} {finding.text}", flush=True)
             broken += [finding.what] if finding.state == "BROKEN" else []
     if broken:
         raise BrokenError(f"broken here: {', '.join(broken)}; the lines above say what to do")
+
+
+def report_vocabulary(tokenizer: str, config: Config | None) -> None:
+    """Prints whether a tokenizer, and the model of a configuration, go together.  BrokenError, exit code 2, where they do not."""
+    from megatron_plugin.cli.vocabulary import vocabulary_lines
+
+    print(f"{tokenizer}: tokenizer", flush=True)
+    wrong = 0
+    for good, text in vocabulary_lines(tokenizer, config):
+        print(f"  {'ok' if good else 'BROKEN':<7} {text}", flush=True)
+        wrong += not good
+    if wrong:
+        raise BrokenError(f"{tokenizer}: {wrong} of the lines above say BROKEN, and what to do")
 
 
 def report_data(files: Sequence[str], *, tokenizer: str, seq_length: int, train_on: str, shown: int) -> None:
@@ -73,6 +93,8 @@ def report_data(files: Sequence[str], *, tokenizer: str, seq_length: int, train_
         for line in scan.report():
             print(line, flush=True)
         lines, bad, unreadable = lines + scan.lines, bad + sum(scan.bad.values()), unreadable + (scan.problem is not None)
+    if encoder is None:
+        print("control tokens in the text, lengths in tokens: not checked without --tokenizer", flush=True)
     if unreadable:
         raise DataError(f"{unreadable} of {len(files)} files cannot be read, {bad} of {lines} lines of the others are bad: see above")
     if bad:
@@ -94,6 +116,8 @@ def examine() -> Iterator[Finding]:
         yield finding
     yield from _megatron_core(usable)
     yield from _optional()
+    for row in rows():
+        yield Finding("ok" if row.text.startswith("yes") else "note", f"for {row.name}", row.text)
 
 
 def _torch() -> Iterator[Finding]:
@@ -122,6 +146,10 @@ def _devices() -> Iterator[Finding]:
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         yield Finding("ok", f"GPU {index}", f"{device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.0f} GiB")
+    if torch.cuda.is_available() and torch.distributed.is_nccl_available():
+        yield Finding("ok", "NCCL", ".".join(map(str, torch.cuda.nccl.version())))
+    else:
+        yield Finding("note", "NCCL", "not used without a GPU" if torch.distributed.is_nccl_available() else "not in this build of torch: gloo")
 
 
 def _backends() -> Iterator[Finding]:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-KEEP = ("kernels", "csrc", "megatron_plugin", "tests", "examples", "benchmarks", "configs", "pyproject.toml", "README.md", "SECURITY.md", "requirements", "docs")
+KEEP = ("kernels", "csrc", "megatron_plugin", "tests", "examples", "benchmarks", "configs", "pyproject.toml", "README.md", "SECURITY.md", "requirements", "docs",
+        "LICENSE", "mkdocs.yml")
 WORKERS = int(os.environ.get("MUTANT_WORKERS", "2"))
 TIMEOUT_S = 900
 

@@ -36,9 +36,10 @@ def test_what_is_handed_on(calls):
     assert defaults == {
         "data": Path("x.jsonl"), "model": Path("hf"), "out": Path("realigned/x"), "samples": 0, "reward": "numeric", "unaided": 1, "beta": 0.7,
         "temperature": 0.3, "max_tokens": 8192, "splitter": "####", "concurrency": 32, "context": 0, "memory": 0.0, "tensor": 1, "seed": 0,
+        "score": True,
     }  # fmt: skip
     paths = {"data": Path("x.jsonl"), "model": Path("hf"), "out": Path("o")}
-    assert all_given == {**paths, **options, "analysis_prompt": "Analyse é,\nwrite # CoT"}
+    assert all_given == {**paths, **options, "score": True, "analysis_prompt": "Analyse é,\nwrite # CoT"}
 
 
 @pytest.mark.parametrize("arguments, code, message", [

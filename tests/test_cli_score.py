@@ -27,6 +27,7 @@ def calls(monkeypatch, tmp_path):
 
     module.Task = Task
     module.score_with_checkpoint = lambda *given, **named: made.append(("checkpoint", given, named))
+    module.score_with_directory = lambda *given, **named: made.append(("directory", given, named))
     module.score_with_engine = lambda *given, **named: made.append(("engine", given, named))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr("megatron_plugin.cli.data_commands.before_megatron", lambda: None)
@@ -34,6 +35,9 @@ def calls(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.jsonl").write_text("{}\n")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    (tmp_path / "runs" / "a" / "checkpoints" / "step_00000002").mkdir(parents=True)
     return made
 
 
@@ -41,6 +45,7 @@ def test_what_is_handed_on(calls, monkeypatch):
     assert cli.main(["score", "x.jsonl", "runs/a"]) == 0
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert cli.main(["score", "x.jsonl", "runs/a", "parallel.tensor=2", "data.seq_length=64", "--out", "o", "--samples", "7", "--worst", "3", "--rows", "2"]) == 0
+    monkeypatch.delenv("WORLD_SIZE")
     assert cli.main(["score", "x.jsonl", "hf", "--url", "http://127.0.0.1:1"]) == 0
     (_, (first, model, overrides), named), (_, (second, _, layout), wide), (kind, (third, directory), _) = calls
     assert (first.data, first.out, first.samples, first.worst, first.rows) == (Path("x.jsonl"), Path("scores/x"), 0, 20, 8)

@@ -41,7 +41,7 @@ def refused(path, *overrides, world_size=None) -> ConfigError:
 # ---------------------------------------------------------------- values and where they come from
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", [path for path in FILES if path.stem != "multi_node"], ids=lambda p: p.name)
 @pytest.mark.parametrize("world_size, overrides", [
     (1, ()), (2, ()), (4, ("parallel.tensor=2", "parallel.pipeline=2")), (4, ("parallel.tensor=4", "parallel.sequence=true")),
 ])  # fmt: skip
@@ -54,11 +54,38 @@ def test_every_config_is_accepted_alone_and_in_the_layouts_of_the_readme(path, w
 def test_the_configs_are_the_ones_promised_and_name_losses_that_exist():
     from megatron_plugin.losses.binding import bind
 
-    assert [path.stem for path in FILES] == ["chord", "chord_phi", "debug_cpu", "dft", "grpo", "idft", "sft", "srft"]
+    assert [path.stem for path in FILES] == ["chord", "chord_phi", "debug_cpu", "dft", "grpo", "idft", "multi_node", "sft", "srft"]
     for path in FILES:
         config = load_config(path)
         bind(config.loss_name, **config.loss_params)
-        assert config.loss_name == ("dft" if path.stem == "debug_cpu" else path.stem)
+        assert config.loss_name == ("dft" if path.stem in ("debug_cpu", "multi_node") else path.stem)
+
+
+def test_the_multi_node_example_is_for_the_ranks_it_names():
+    path = CONFIGS / "multi_node.yaml"
+    config = load_config(path, world_size=32)
+    assert (config.data_parallel(32), config.num_micro_batches(32)) == (4, 32) and "4 nodes of 8 GPUs as tensor 4 x pipeline 2 x data parallel 4" in path.read_text()
+    assert load_config(path, world_size=128).num_micro_batches(128) == 8, "more nodes are more data parallel"
+    assert "expected a multiple of 8" in str(refused(path, world_size=12))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_every_line_of_a_config_is_explained(path):
+    """By a comment behind the key, or behind the key of its section."""
+    section = ""
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not re.match(r" *\w+:", line):
+            continue
+        key, _, comment = line.partition("#")
+        if not line.startswith(" "):
+            section = comment
+            if not key.partition(":")[2].strip():
+                continue
+        assert comment.strip() or section.strip(), f"{path.name}:{number}: {line}"
+
+
+def test_the_configs_are_few():
+    assert len(FILES) <= 10
 
 
 def test_weighted_configs_say_where_a_warm_start_comes_from():
@@ -148,7 +175,7 @@ def test_wrong_type(small, override, message):
 
 RIGHT_TYPE = [
     "model.num_query_groups=null", "model.layernorm_epsilon=1", "model.rotary_base=10000", "model.recompute_modules=[mlp]",
-    "loss.flag=true", "model.activation_func=silu", "model.seq_len_interpolation_factor=2", "model.fp8=e4m3",
+    "loss.z_loss=true", "model.activation_func=silu", "model.seq_len_interpolation_factor=2", "model.fp8=e4m3",
 ]  # fmt: skip
 
 

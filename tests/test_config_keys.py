@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_plugin.config import ConfigError, GPTArguments, load_config
+from megatron_plugin.config.aliases import ALIASES, HINTS
 from megatron_plugin.config.keys import key_types
 from megatron_plugin.config.megatron_fields import OURS, RESERVED, model_fields
 
@@ -25,10 +26,10 @@ def refused(override: str, path: Path = DEBUG) -> ConfigError:
 
 
 UNKNOWN = {
-    "train.lrr=1": "train.lr", "lr=1": "train.lr", "dtype=bf16": "train.dtype", "train.Steps=1": "train.steps",
+    "train.lrr=1": "train.lr", "dtype=bf16": "train.dtype", "train.Steps=1": "train.steps",
     "train.tensor=2": "parallel.tensor",
     "checkpoint.intervall=1": "checkpoint.interval", "mu.pek=1": "mu.peak", "seeed=1": "seed", "model.num_layer=3": "model.num_layers",
-    "model.rotary_bas=1": "model.rotary_base", "num_layers=3": "model.num_layers", "model.hiden_size=3": "model.hidden_size",
+    "model.rotary_bas=1": "model.rotary_base", "num_layer=3": "model.num_layers", "model.hiden_size=3": "model.hidden_size",
     "model.lr=1": "train.lr", "name=dft": "loss.name",
 }  # fmt: skip
 
@@ -52,12 +53,18 @@ def test_unknown_key_like_nothing_lists_what_there_is():
     assert "sources" not in str(refused("sources.a=2")).split("expected")[1]
 
 
-@pytest.mark.parametrize("prefix", ["", "model.", "train."])
+@pytest.mark.parametrize("prefix", ["model.", "train."])
 @pytest.mark.parametrize("name, ours", OURS.items())
-def test_megatron_names_are_answered_with_ours(prefix, name, ours):
+def test_megatron_names_below_a_section_are_answered_with_ours(prefix, name, ours):
+    """At the top level those that mean the same are taken: tests/config/test_aliases.py."""
     error = refused(f"{prefix}{name}=1")
     assert f"use '{ours}'" in str(error)
     assert ours in key_types() or ours.removeprefix("model.") in model_fields()
+
+
+@pytest.mark.parametrize("name, ours", HINTS.items())
+def test_megatron_names_that_mean_something_else_are_refused(name, ours):
+    assert f"use '{ours}'" in str(refused(f"{name}=1"))
 
 
 @pytest.mark.parametrize("name", RESERVED)
@@ -80,7 +87,7 @@ def test_model_takes_exactly_what_megatron_core_takes():
     owned = {"tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size", "sequence_parallel",
     "bf16",
              "context_parallel_size", "calculate_per_token_loss", "params_dtype", "pipeline_dtype", "deterministic_mode"}  # fmt: skip
-    assert owned <= imported & (set(OURS) | set(RESERVED))
+    assert owned <= imported & (set(ALIASES) | set(OURS) | set(RESERVED))
 
 
 def test_gpt_arguments_are_those_of_gpt_model():

@@ -96,7 +96,8 @@ def test_data_files(capsys, monkeypatch, tmp_path):
     good.write_text('{"prompt": "a", "response": "b"}\n')
     bad.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n')
     assert cli.main(["doctor", "--data", str(good)]) == 0
-    assert capsys.readouterr().out.startswith(f"{good}: 1 lines, 1 good, 0 bad, 0 duplicates\n")
+    out = capsys.readouterr().out
+    assert out.startswith(f"{good}: 1 lines, 1 good, 0 bad, 0 duplicates\n") and out.endswith("control tokens in the text, lengths in tokens: not checked without --tokenizer\n")
     assert cli.main(["doctor", "--data", str(good), str(bad)]) == 4
     said = capsys.readouterr()
     assert f"\n{bad}:2: missing key 'response' (of prompt/response) (got keys ['prompt'])\n" in said.out and f"{good}: 1 lines" in said.out
@@ -104,7 +105,7 @@ def test_data_files(capsys, monkeypatch, tmp_path):
     assert cli.main(["doctor", "--data", str(bad), str(tmp_path / "none")]) == 4
     assert capsys.readouterr().err.startswith("megatron-plugin: error: 1 of 2 files cannot be read, 1 of 2 lines of the others are bad")
     assert cli.main(["doctor", "--data", str(bad), "--show", "0"]) == 4
-    assert capsys.readouterr().out.endswith("and 1 more bad lines (--show)\n")
+    assert "and 1 more bad lines (--show)\n" in capsys.readouterr().out
 
 
 def test_data_files_with_a_tokenizer(capsys, monkeypatch, tmp_path):
@@ -115,14 +116,16 @@ def test_data_files_with_a_tokenizer(capsys, monkeypatch, tmp_path):
     data = tmp_path / "x.jsonl"
     data.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": "b b b b b b b b"}\n')
     arguments = ["doctor", "--data", str(data), "--tokenizer", str(tmp_path / "tokenizer")]
-    assert cli.main(arguments) == 0 and "a line: median 6" in capsys.readouterr().out
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "a line: median 6" in out and "not checked" not in out
     assert cli.main([*arguments, "--seq-length", "10"]) == 4 and f"{data}:2: too long (got 20 tokens, expected at most 10)" in capsys.readouterr().out
     assert cli.main(["doctor", "--data", str(data), "--tokenizer", str(tmp_path / "none")]) == 4
     assert "no tokenizer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--tokenizer", "t"], "got --tokenizer without --data"), (["--data", "x", "--seq-length", "9"], "got --seq-length without --tokenizer"),
+    (["--data", "x", "--seq-length", "9"], "got --seq-length without --tokenizer"),
     (["--data"], "expected at least one argument"), (["--data", "x", "--show", "-1"], "expected"),
 ])  # fmt: skip
 def test_data_arguments(capsys, monkeypatch, arguments, message):

@@ -56,7 +56,7 @@ REFUSED = [  # overrides -> key, parts of the message
     *(([*overrides, "data.expert_samples=0"], "data.expert_samples", "got 0, expected at least 1: the loss has a share of expert data")
       for overrides in (["loss.name=chord"], ["loss.name=chord", "mu.peak=0.5", "mu.valley=0"], ["loss.name=my_package.my_loss", "mu.peak=0.5"])),
     (["rollout.updates=2", "checkpoint.interval=3"], "checkpoint.interval", r"got 3, expected a multiple of rollout.updates \(2\)"),
-    (["rollout.updates=2", "train.eval_interval=3", "checkpoint.best=eval/x_nll"], "train.eval_interval",
+    (["rollout.updates=2", "train.eval_interval=3", "checkpoint.best=eval/heldout_nll"], "train.eval_interval",
      r"got 3, expected a multiple of rollout.updates \(2\) beside checkpoint.best"),
     *((["rollout.correction=opsm", f"loss.{name}=2"], "rollout.correction", f"got opsm beside loss.{name}, expected one of them")
       for name in ("tis", "icepop_low", "icepop_high")),
@@ -98,7 +98,7 @@ ACCEPTED = [
     ["loss.name=srft", "data.expert_samples=0"],  # it has the demonstrations of its prompts
     ["loss.name=my_package.my_loss", "data.expert_samples=0"],
     ["rollout.updates=2", "checkpoint.interval=4"],
-    ["rollout.updates=2", "train.eval_interval=4", "checkpoint.best=eval/x_nll"],
+    ["rollout.updates=2", "train.eval_interval=4", "checkpoint.best=eval/heldout_nll"],
     ["rollout.updates=2", "train.eval_interval=3"],
     ["rollout.correction=opsm", "rollout.correction_bound=0"],
     ["rollout.devices=['0,1','2,3']", "rollout.engines=2"],

@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 4 -m megatron_plugin.cli train configs/dft.yaml parallel.tensor=2 data.train=x.jsonl
 
 Nothing heavy is imported before the arguments and the configuration are known to be right.  Exit codes: 0 done, 2 configuration, 3 no
-usable checkpoint, 4 data, 5 no rollouts (engines or rewards failed for good), 17 loss or gradient not a number too often, 130 Ctrl-C, 143 SIGTERM
-(training saves its last step before either), 1 anything else.  An exception with an attribute `exit_code` is the person's to mend: one message, no
+usable checkpoint, 4 data, 5 no rollouts (engines or rewards failed for good), 12 out of memory, 17 loss or gradient not a number too often, 130 Ctrl-C,
+143 SIGTERM (training saves its last step before either), 1 anything else.  An exception with an attribute `exit_code` is the person's to mend: one message, no
 traceback.  (torchrun itself exits with 1 whatever its ranks exit with, and prints theirs.)
 """
 
@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_plugin.cli.arguments import arranged
 from megatron_plugin.cli.commands import parser
 from megatron_plugin.cli.spawned import end_with_parent, is_spawned
 from megatron_plugin.trainer.lost_peer import is_lost_peer
@@ -39,7 +40,7 @@ STOPPED = (130, 143)
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; a SystemExit of the command itself goes through."""
     try:
-        arguments = parser().parse_args(argv)
+        arguments = parser().parse_args(arranged(sys.argv[1:] if argv is None else argv))
         arguments.run(arguments)
         return 0
     except KeyboardInterrupt:

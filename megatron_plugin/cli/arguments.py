@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from megatron_plugin.cli.spawned import end_with_parent
 
-__all__ = ["Parser", "UsageError", "add_config", "before_megatron", "count", "existing_file", "int_variable", "whole"]
+__all__ = ["Parser", "UsageError", "add_config", "arranged", "before_megatron", "count", "existing_file", "int_variable", "whole"]
 
 USAGE_ERROR = 2
 
@@ -80,4 +82,53 @@ def int_variable(name: str, default: int) -> int:
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/dft.yaml")
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="dotted keys that replace values of the file: train.steps=20")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="dotted keys that replace values of the file: train.steps=20; also Megatron's "
+                        "names for them: tensor_model_parallel_size=2, --tensor-model-parallel-size 2")  # fmt: skip
+    parser.add_argument("--smoke", action="store_true", help="a tiny model on embedded problems for a few steps, in <run_dir>-smoke, made anew each "
+                        "time; what it changes is printed, and an override goes over it")  # fmt: skip
+
+
+def arranged(words: Sequence[str]) -> list[str]:
+    """The command line with Megatron's flags written as overrides, and with all overrides together, where argparse wants them.
+
+    Of the commands that take a configuration; others come back as they are."""
+    words = list(words)
+    if words[:1] != ["train"] and words[:2] != ["config", "show"]:
+        return words
+    rest, overrides = [], []
+    while words:
+        word = words.pop(0)
+        if word.startswith("--") and (name := _megatron_name(word)):
+            overrides.append(_as_override(name, word, words))
+        elif "=" in word and not word.startswith("-"):
+            overrides.append(word)
+        else:
+            rest.append(word)
+    return rest + overrides
+
+
+def _megatron_name(flag: str) -> str:
+    """The name of a flag that Megatron has, with underscores; "" for any other, and for our own."""
+    name = flag[2:].partition("=")[0].replace("-", "_")
+    if name in ("smoke", "help") or "." in name:
+        return ""
+    from megatron_plugin.config.aliases import ALIASES, HINTS
+    from megatron_plugin.config.megatron_fields import model_fields
+
+    if name in ALIASES or name in HINTS or name in model_fields():
+        return name
+    if near := difflib.get_close_matches(name, ALIASES, n=1, cutoff=0.8):
+        raise UsageError(f"got {flag}, which is no option; did you mean --{near[0].replace('_', '-')}?")
+    return ""
+
+
+def _as_override(name: str, flag: str, following: list[str]) -> str:
+    """name=value, its value taken from the flag or from the word behind it."""
+    from megatron_plugin.config.aliases import flag_takes_value
+
+    _, equals, value = flag.partition("=")
+    if equals or not flag_takes_value(name):
+        return f"{name}={value if equals else 'true'}"
+    if not following or following[0].startswith("--"):
+        raise UsageError(f"got {flag} without a value, expected one behind it")
+    return f"{name}={following.pop(0)}"

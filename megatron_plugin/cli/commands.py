@@ -9,7 +9,8 @@ import argparse
 
 from megatron_plugin import __version__  # no torch behind it
 from megatron_plugin.cli.arguments import Parser, add_config, before_megatron, int_variable
-from megatron_plugin.cli.data_commands import add_doctor, add_eval, add_realign, add_score
+from megatron_plugin.cli.data_commands import add_eval, add_realign, add_score
+from megatron_plugin.cli.machine_commands import add_bench, add_doctor
 from megatron_plugin.cli.run_commands import add_plot, add_report
 
 __all__ = ["parser"]
@@ -20,7 +21,7 @@ def parser() -> Parser:
     whole = Parser(
         prog="megatron-plugin",
         description="Fine-tune with weighted on-policy-SFT losses on megatron-core.",
-        epilog="exit codes: 0 done, 2 configuration, 3 no usable checkpoint, 4 data, 5 no rollouts, 17 loss or gradient not a number,"
+        epilog="exit codes: 0 done, 2 configuration, 3 no usable checkpoint, 4 data, 5 no rollouts, 12 out of memory, 17 loss or gradient not a number,"
         " 130 Ctrl-C, 143 SIGTERM (both: after saving the last step), 1 anything else",
     )
     whole.add_argument("--version", action="version", version=f"megatron-plugin {__version__}")
@@ -38,13 +39,19 @@ def parser() -> Parser:
     add_score(commands)
     add_realign(commands)
     _add_serve(commands)
-    config = commands.add_parser("config", help="look at a configuration", description="Look at a configuration.")
+    text = "Look at a configuration, or get some to begin from."
+    config = commands.add_parser("config", help="look at a configuration, or get some to begin from", description=text)
     actions = config.add_subparsers(title="actions", metavar="ACTION", required=True, parser_class=Parser)
     text = "Print the whole configuration as YAML, with the origin of what is not a default.  WORLD_SIZE=N checks it for N ranks."
     show = actions.add_parser("show", help="the resolved configuration, with where each value comes from", description=text)
     add_config(show)
     show.set_defaults(run=_show)
+    text = "Copy the configurations that come with the package into a folder.  What is there already and differs is never replaced."
+    init = actions.add_parser("init", help="copies of the shipped configurations", description=text)
+    init.add_argument("folder", metavar="DIR", nargs="?", default="configs", help="is made (%(default)s)")
+    init.set_defaults(run=_init)
 
+    add_bench(commands)
     add_doctor(commands)
     return whole
 
@@ -78,7 +85,7 @@ def _add_serve(commands) -> None:
     serve.add_argument("--port", type=int, default=8000, help="(%(default)s)")
     serve.add_argument("--transfer", choices=("shm", "gloo", "nccl"), help="as rollout.transfer of the job; default: nccl on GPUs, else shm")
     serve.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16", help="of the engine's weights (%(default)s)")
-    serve.add_argument("--max-model-len", type=int, default=2048, help="at least data.seq_length of the job (%(default)s)")
+    serve.add_argument("--max-model-len", type=int, default=0, help="at least data.seq_length of the job; default: the model's")
     serve.add_argument("--tensor", type=int, default=1, help="GPUs that share the model (%(default)s)")
     serve.add_argument("--memory", type=float, default=0.0, help="share of the GPU's memory, or GiB of key-value cache on a CPU")
     serve.add_argument("--log", default="", metavar="FILE", help="for what vLLM says; default: serve-PORT.log")
@@ -86,36 +93,66 @@ def _add_serve(commands) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    from megatron_plugin.cli.prechecks import check_packages
     from megatron_plugin.config import load_config
     from megatron_plugin.config.checks import check_files
 
-    config = load_config(arguments.config, arguments.overrides, world_size=int_variable("WORLD_SIZE", 1))
+    config = load_config(arguments.config, arguments.overrides, world_size=int_variable("WORLD_SIZE", 1), smoke=arguments.smoke)
     check_files(config)
+    check_packages(config)
+    if arguments.smoke:
+        _begin_smoke(config)
     before_megatron()
     from megatron_plugin.trainer.loop import train
 
     train(config)
 
 
+def _begin_smoke(config) -> None:
+    """Says what is other than in the file, and clears the run directory: before this rank meets the others, which may then look into it."""
+    from megatron_plugin.config.smoke import fresh_run_dir, smoke_line
+
+    if int_variable("LOCAL_RANK", 0) == 0:
+        fresh_run_dir(config)
+    if int_variable("RANK", 0) == 0:
+        print(smoke_line(config), flush=True)
+
+
 def _import(arguments: argparse.Namespace) -> None:
+    from megatron_plugin.cli.prechecks import check_layout, check_new_folder
     from megatron_plugin.hooks.weights.hf_config import read_hf_config, transformer_fields
 
-    transformer_fields(read_hf_config(arguments.source))  # refused here, before torch is imported
+    world_size = int_variable("WORLD_SIZE", 1)
+    fields = transformer_fields(read_hf_config(arguments.source))  # refused here, as all that follows, before torch is imported
+    check_layout({"model": fields.transformer | fields.gpt}, arguments.overrides, world_size, settable=("parallel.", "train.dtype="))
+    check_new_folder(arguments.target, "a run directory to be made")
     before_megatron()
     from megatron_plugin.trainer.convert import import_model
 
-    import_model(arguments.source, arguments.target, arguments.overrides, world_size=int_variable("WORLD_SIZE", 1))
+    import_model(arguments.source, arguments.target, arguments.overrides, world_size=world_size)
 
 
 def _export(arguments: argparse.Namespace) -> None:
+    from megatron_plugin.cli.prechecks import check_checkpoint, check_hf_folder, check_layout, check_new_folder, run_values
+
+    world_size = int_variable("WORLD_SIZE", 1)
+    check_checkpoint(arguments.source)
+    check_layout(run_values(arguments.source), arguments.overrides, world_size, settable=("parallel.",))
+    check_new_folder(arguments.target, "a Hugging Face directory to be made")
+    if arguments.like:
+        check_hf_folder(arguments.like)
     before_megatron()
     from megatron_plugin.trainer.convert import export_model
 
-    world_size = int_variable("WORLD_SIZE", 1)
     export_model(arguments.source, arguments.target, arguments.overrides, like=arguments.like, dtype=arguments.dtype, world_size=world_size)
 
 
 def _serve(arguments: argparse.Namespace) -> None:
+    from megatron_plugin.cli.prechecks import check_port, check_served, check_vllm_there
+
+    check_served(arguments.model)
+    check_port(arguments.port)
+    check_vllm_there("serve")
     from megatron_plugin.rollout.serve import serve
 
     serve(
@@ -128,6 +165,11 @@ def _show(arguments: argparse.Namespace) -> None:
     from megatron_plugin.config import load_config, to_yaml
 
     ranks = int_variable("WORLD_SIZE", 0)
-    print(to_yaml(load_config(arguments.config, arguments.overrides, world_size=ranks or None)), end="")
+    print(to_yaml(load_config(arguments.config, arguments.overrides, world_size=ranks or None, smoke=arguments.smoke)), end="")
 
 
+def _init(arguments: argparse.Namespace) -> None:
+    from megatron_plugin.config.starters import write_starters
+
+    for path in write_starters(arguments.folder):
+        print(path)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_plugin.cli.arguments import UsageError, before_megatron, count, existing_file, int_variable, whole
 
-__all__ = ["add_doctor", "add_eval", "add_realign", "add_score"]
+__all__ = ["add_eval", "add_realign", "add_score"]
 
 SCORABLE = ("parallel.", "train.dtype=", "data.seq_length=", "data.packing=", "data.train_on=")
 """Beginnings of the overrides that score and eval take."""
@@ -140,28 +140,3 @@ def _realign(arguments: argparse.Namespace) -> None:
     from megatron_plugin.trainer.realigning import RealignTask, realign_file
 
     realign_file(RealignTask(data=data, model=Path(arguments.model), out=Path(arguments.out or f"realigned/{data.stem}"), **given))
-
-
-def add_doctor(commands) -> None:
-    text = ("Say what is installed, what of it is used and what is broken; exit code 2 if something is.  With --data: read data files as training "
-            "does and say what is in them and which lines are bad, as file:line: reason; exit code 4 if any is.")  # fmt: skip
-    doctor = commands.add_parser("doctor", help="what is installed, used and broken here; --data: and in data files", description=text)
-    doctor.add_argument("--data", metavar="FILE", nargs="+", help="jsonl; the installation is not looked at")
-    doctor.add_argument("--tokenizer", metavar="DIR", default="", help="tokenise each line too, and say how long they are")
-    doctor.add_argument("--seq-length", type=count, default=0, metavar="N", help="with --tokenizer: a longer line is bad, as with data.seq_length=N")
-    doctor.add_argument("--train-on", choices=("all", "last"), default="all", help="as data.train_on (%(default)s)")
-    doctor.add_argument("--show", type=whole, default=20, metavar="N", help="bad lines of each file that are printed; all are counted (%(default)s)")
-    doctor.set_defaults(run=_doctor)
-
-
-def _doctor(arguments: argparse.Namespace) -> None:
-    if arguments.tokenizer and not arguments.data:
-        raise UsageError("got --tokenizer without --data, expected files to read with it")
-    if arguments.seq_length and not arguments.tokenizer:
-        raise UsageError("got --seq-length without --tokenizer, expected both: the length is in tokens")
-    from megatron_plugin.doctor import report, report_data
-
-    if not arguments.data:
-        report()
-        return
-    report_data(arguments.data, tokenizer=arguments.tokenizer, seq_length=arguments.seq_length, train_on=arguments.train_on, shown=arguments.show)

@@ -19,6 +19,8 @@ def add_report(commands) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    if not (Path(arguments.run_dir) / "metrics.jsonl").is_file():  # said here, because what draws the page imports torch
+        raise UsageError(f"got {arguments.run_dir}, expected a run directory with a metrics.jsonl that has a step in it: `megatron-plugin train` makes one")
     from megatron_plugin.report.run_page import write_run_page
 
     print(write_run_page(arguments.run_dir))
@@ -39,7 +41,7 @@ def _plot(arguments: argparse.Namespace) -> None:
         path = Path(path if named else text)
         label = label if named else path.name
         if not (path / "metrics.jsonl").is_file():
-            raise UsageError(f"got {text}, expected a run directory, which has a metrics.jsonl")
+            raise UsageError(f"got {text}, expected a run directory with a metrics.jsonl, which `megatron-plugin train` makes")
         if label in runs:
             raise UsageError(f"got two runs called {label}, expected different names: LABEL={path}")
         runs[label] = path

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from megatron_plugin.config.errors import CheckpointPathError, ConfigError, DataPathError, raise_all
+from megatron_plugin.config.log_checks import check_log, check_profile_ranks
+from megatron_plugin.config.loss_fields import check_loss_fields
 from megatron_plugin.config.megatron_fields import CHOICES, accepts, model_fields
 from megatron_plugin.config.rollout_checks import check_rollout, check_rollout_world
 from megatron_plugin.config.schema import Config
@@ -22,11 +25,12 @@ LOWEST = {
         "parallel.pipeline", "parallel.virtual", "parallel.context", "model.num_layers", "model.hidden_size", "model.num_attention_heads",
         "model.num_query_groups", "model.ffn_hidden_size", "model.kv_channels", "model.make_vocab_size_divisible_by", "model.rotary_base",
         "rollout.engines", "rollout.tensor", "rollout.start_timeout_s", "rollout.timeout_s", "rollout.bucket_mb", "rollout.prompts", "rollout.n",
-        "rollout.updates", "rollout.max_tokens"),
+        "rollout.updates", "rollout.max_tokens", "profile.steps"),
     0: ("seed", "train.spike_factor", "train.lr", "train.min_lr", "train.warmup_steps", "train.weight_decay", "train.adam_eps", "train.clip_grad",
         "train.eval_interval", "data.eval_samples", "data.eval_answers", "checkpoint.interval", "checkpoint.keep", "mu.warmup_steps", "mu.decay_steps",
         "data.expert_samples", "rollout.memory", "rollout.top_k", "rollout.max_staleness", "rollout.dynamic_sampling", "rollout.overlong_buffer",
-        "rollout.overlong_penalty", "rollout.eval_n", "rollout.max_restarts", "rollout.correction_bound", "rollout.temperature"),
+        "rollout.overlong_penalty", "rollout.eval_n", "rollout.max_restarts", "rollout.correction_bound", "rollout.temperature", "log.peak_tflops",
+        "profile.first_step"),
     2: ("data.seq_length",),
     SMALLEST_BPE: ("data.bpe_vocab_size",),
 }  # fmt: skip
@@ -42,8 +46,8 @@ def check(config: Config, world_size: int | None = None, wrong: Sequence[ConfigE
 
     First what each value says by itself, after what else is `wrong`; only when nothing is, how they fit each other: what follows from a
     mistake is none of its own."""
-    raise_all(_of_each_key([*wrong, *_check_loss(config), *_check_model(config, missing=not wrong), *_check_ranges(config)]))
-    fits = (*_check_training(config), *_check_layout(config), *check_rollout(config), *_check_world(config, world_size))
+    raise_all(_of_each_key([*wrong, *_check_loss(config), *check_loss_fields(config), *_check_model(config, missing=not wrong), *_check_ranges(config)]))
+    fits = (*_check_training(config), *_check_layout(config), *check_rollout(config), *check_log(config), *_check_world(config, world_size))
     raise_all(_of_each_key(fits))
 
 
@@ -146,10 +150,21 @@ def _check_training(config: Config) -> Iterator[ConfigError]:
         yield _wrong(config, "mu.valley", f"got {mu.valley}, expected at most mu.peak ({mu.peak}); are they exchanged?")
     if not config.checkpoint.resume:
         yield _wrong(config, "checkpoint.resume", "got nothing, expected auto, never or the path of a checkpoint")
-    if config.checkpoint.best and not config.checkpoint.best.startswith("eval/"):
-        yield _wrong(config, "checkpoint.best", f"got {config.checkpoint.best!r}, expected a metric of the evaluations, such as eval/heldout_nll")
+    metrics = evaluated(config)
+    if config.checkpoint.best and config.checkpoint.best not in metrics:
+        near = difflib.get_close_matches(config.checkpoint.best, metrics, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the evaluations of this run have {', '.join(metrics) or 'none, for data.eval is empty'}"
+        yield _wrong(config, "checkpoint.best", f"got {config.checkpoint.best!r}, expected a metric of every evaluation; {hint}")
     if unknown := [name for name in config.checkpoint.may_differ if name not in model_fields()]:
         yield _wrong(config, "checkpoint.may_differ", f"got {', '.join(unknown)}, expected fields of `model`, such as rotary_base")
+
+
+def evaluated(config: Config) -> list[str]:
+    """Metrics of every evaluation of a run (trainer/supervised.py, onpolicy.py); the accuracy is measured only after the last step."""
+    data, rollout = config.data, config.rollout
+    sets = [Path(path).stem if len(data.eval) > 1 else "heldout" for path in data.eval] or ([] if data.train else ["heldout", "ood"])
+    kinds = ["nll"] if rollout is None else ["nll", "reward_greedy", *(["reward_sampled"] if rollout.eval_n else [])]
+    return [f"eval/{name}_{kind}" for name in sets for kind in kinds]
 
 
 def _multiple(got: int, of: int, because: str) -> str:
@@ -208,6 +223,7 @@ def _check_world(config: Config, world_size: int | None) -> Iterator[ConfigError
             "world size", config.sources.get(f"parallel.{key}"),
         )  # fmt: skip
         return
+    yield from check_profile_ranks(config, world_size)
     ranks = config.data_parallel(world_size)
     if config.rollout is not None:
         yield from check_rollout_world(config, ranks)

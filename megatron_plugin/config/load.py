@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -15,15 +15,16 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
+from megatron_plugin.config.aliases import COMMAND_LINE, Layer, check_spellings, translated
 from megatron_plugin.config.checks import check
 from megatron_plugin.config.errors import ConfigError, raise_all
 from megatron_plugin.config.keys import key_types, wrong_keys
 from megatron_plugin.config.recipes import RECIPES
 from megatron_plugin.config.schema import Config
+from megatron_plugin.config.smoke import SMOKE, smoke_values
 
 __all__ = ["describe", "load_config", "read_file", "save_config", "to_yaml"]
 
-COMMAND_LINE = "command line"
 MASK = "***"
 SECRET = re.compile(r"(^|[_-])(token|key|apikey|password|passwd|secret|credentials?)$", re.IGNORECASE)
 LOGIN = re.compile(r"(\w://)[^/\s@]+@")
@@ -33,24 +34,38 @@ LARGEST = 10_000
 """Values in a file.  Ten lines of aliases of aliases stand for 10^9, which would fill the memory."""
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One source of values: the file, or one override."""
-
-    values: dict[str, Any]
-    name: str
-    lines: dict[str, int]
-
-    def where(self, key: str) -> str:
-        return f"{self.name}:{self.lines[key]}" if key in self.lines else self.name
-
-
-def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: int | None = None, smoke: bool = False) -> Config:
     """The checked configuration of a YAML file with overrides such as "parallel.tensor=2" applied in order.
+
+    smoke: everything small (smoke.py), but for what the overrides say; the file is checked as it is first.
 
     `world_size`: ranks of the job, for the checks that need it; None: they are left out.  ConfigError names the key, its origin
     (file:line or command line), what was got and expected, and says everything that is wrong, a line each."""
-    layers = [part for layer in (read_file(Path(path)), *map(_read_override, overrides)) for part in (*_recipe(layer), layer)]
+    parts, wrong = _layers(Path(path), overrides)
+    config, more = _built(parts, path)
+    if smoke and not wrong and not more:
+        try:
+            check(config)
+        except ConfigError:  # of the file itself, or only of overrides beside sizes that are about to go?
+            load_config(path)
+        parts.append(Layer(smoke_values(config, world_size or 1), SMOKE, {}))
+        config, more = _built(parts, path)
+    try:
+        check(config, world_size, [*wrong, *more])
+    except ConfigError as error:
+        raise error if error.where else ConfigError(error.reason, error.key, str(path)) from None
+    return config
+
+
+def _layers(path: Path, overrides: Sequence[str]) -> tuple[list[Layer], list[ConfigError]]:
+    """The file and every override, each behind the recipe it names, in our own names; and what is wrong with aliases."""
+    read = [translated(layer, tuple(key_types())) for layer in (read_file(path), *map(_read_override, overrides))]
+    own, wrong = [layer for layer, _ in read], [error for _, errors in read for error in errors]
+    return [part for layer in own for part in (*_recipe(layer), layer)], [*wrong, *check_spellings(own[1:])]
+
+
+def _built(layers: Sequence[Layer], path: str | Path) -> tuple[Config, list[ConfigError]]:
+    """What the layers make over each other, unchecked, and what of them could not be used."""
     sources: dict[str, str] = {}
     wrong: list[ConfigError] = []
     for layer in layers:
@@ -61,11 +76,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, world_size: 
     config = _typed(OmegaConf.merge(*(OmegaConf.create(layer.values) for layer in layers)), sources, wrong)
     if not config.run_dir:
         config = replace(config, run_dir=f"runs/{Path(path).stem}", sources=sources | {"run_dir": "name of the config file"})
-    try:
-        check(config, world_size, wrong)
-    except ConfigError as error:
-        raise error if error.where else ConfigError(error.reason, error.key, str(path)) from None
-    return config
+    return config, wrong
 
 
 def to_yaml(config: Config) -> str:
@@ -128,7 +139,7 @@ def read_file(path: Path) -> Layer:
         loaded = OmegaConf.create(text) if text.strip() else OmegaConf.create({})
         lines = _lines(node)
     except OSError as error:
-        raise ConfigError(f"cannot read the configuration: got {error.strerror}, expected a YAML file; those to start from are in configs/",
+        raise ConfigError(f"cannot read the configuration: got {error.strerror}, expected a YAML file; 'megatron-plugin config init' writes some to start from into configs/",
                           where=str(path)) from error  # fmt: skip
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise ConfigError(f"got text that is no YAML ({_yaml_problem(error)}), expected 'key: value' lines",
@@ -242,8 +253,8 @@ def _normalise(layer: Layer) -> Iterator[ConfigError]:
             values[name] = {}
         for key in list(value) if isinstance(value, dict) else ():
             kind, inner = known.get(f"{name}.{key}"), value[key]
-            if get_origin(kind) is list and (inner is None or isinstance(inner, str)):
-                value[key] = [inner] if inner else []
+            if get_origin(kind) is list and (inner is None or isinstance(inner, (str, int))):
+                value[key] = [inner] if inner not in (None, "") else []
             elif get_origin(kind) is list and any(isinstance(part, (dict, list)) for part in (inner if isinstance(inner, list) else [inner])):
                 # OmegaConf would raise a bare TypeError, or take it
                 yield ConfigError(f"got {inner!r}, expected {describe(kind)}", f"{name}.{key}", layer.where(f"{name}.{key}"))
@@ -284,5 +295,5 @@ def describe(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
     if get_origin(kind) is list:
-        return "a path or a list of paths"
+        return "a whole number or a list of them" if get_args(kind) == (int,) else "a path or a list of paths"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, "keys below it")

@@ -12,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from megatron_plugin.config.aliases import ALIASES, HINTS
 from megatron_plugin.config.errors import ConfigError
 from megatron_plugin.config.schema import GPTArguments
 
@@ -19,19 +20,8 @@ __all__ = ["CHOICES", "OURS", "RESERVED", "accepts", "model_fields", "settable"]
 
 FILES = ("model_parallel_config.py", "transformer/transformer_config.py")
 
-OURS = {  # Megatron's name, field or command-line flag -> our key
-    "tensor_model_parallel_size": "parallel.tensor", "pipeline_model_parallel_size": "parallel.pipeline",
-    "virtual_pipeline_model_parallel_size": "parallel.virtual", "context_parallel_size": "parallel.context",
-    "sequence_parallel": "parallel.sequence", "use_distributed_optimizer": "parallel.distributed_optimizer",
-    "deterministic_mode": "deterministic", "params_dtype": "train.dtype",
-    "pipeline_dtype": "train.dtype", "bf16": "train.dtype", "fp16": "train.dtype", "autocast_dtype": "train.dtype",
-    "enable_autocast": "train.dtype", "max_sequence_length": "data.seq_length", "max_position_embeddings": "data.seq_length",
-    "vocab_size": "data.tokenizer", "padded_vocab_size": "data.tokenizer", "micro_batch_size": "train.micro_batch",
-    "global_batch_size": "train.global_batch", "train_iters": "train.steps", "lr_warmup_iters": "train.warmup_steps",
-    "lr_decay_style": "train.lr_decay", "save": "run_dir", "save_interval": "checkpoint.interval", "load": "checkpoint.init",
-    "data_path": "data.train", "swiglu": "model.gated_linear_unit",
-    "untie_embeddings_and_output_weights": "model.share_embeddings_and_output_weights",
-}  # fmt: skip
+OURS = {name: alias.key for name, alias in ALIASES.items() if alias.key.rpartition(".")[2] != name} | HINTS
+"""Megatron's name, field or command-line flag -> our key: what `model` does not take."""
 RESERVED = {  # fields that no key sets, and why
     "calculate_per_token_loss": "it is always true: every loss token of a step weighs the same",
     "use_cpu_initialization": "the trainer sets it from the device",
@@ -73,7 +63,7 @@ def _megatron_core() -> Path:
     except (ImportError, ValueError, AttributeError):
         spec = None
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError("got no package megatron.core, expected megatron-core >=0.14,<0.20: pip install 'megatron-plugin[megatron]'")
+        raise ConfigError("got no package megatron.core, expected megatron-core >=0.14,<0.20: pip install 'megatron-plugin[cpu]', or [cuda]")
     return Path(next(iter(spec.submodule_search_locations)))
 
 

@@ -60,7 +60,7 @@ def load_plugin_config(path: str | Path) -> PluginConfig:
     """The checked file.  ConfigError names the key, its line, what was got and expected; the loss itself is checked by `bind`."""
     layer = read_file(Path(path))
     _check_keys(layer.values, PluginConfig, "", layer.where)
-    sections = {name: {} for name, value in layer.values.items() if value is None}  # "head:" with nothing below it
+    sections: dict[Any, Any] = {name: {} for name, value in layer.values.items() if value is None}  # "head:" with nothing below it
     values = layer.values | sections
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PluginConfig), OmegaConf.create(values)))
@@ -77,10 +77,10 @@ def load_plugin_config(path: str | Path) -> PluginConfig:
 
 def _kinds(schema: type, prefix: str = "") -> dict[str, Any]:
     """{dotted key: type, None left out of unions}."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, kind in get_type_hints(schema).items():
         kind = next((part for part in get_args(kind) if part is not type(None)), kind) if type(None) in get_args(kind) else kind
-        found |= _kinds(kind, f"{prefix}{name}.") if is_dataclass(kind) else {f"{prefix}{name}": kind}
+        found |= _kinds(kind, f"{prefix}{name}.") if is_dataclass(kind) and isinstance(kind, type) else {f"{prefix}{name}": kind}
     return found
 
 

@@ -11,7 +11,10 @@ from typing import Any, Literal
 from megatron_plugin.config.loss_roles import LossRole, role_of
 from megatron_plugin.config.rollout import RolloutConfig
 
-__all__ = ["CheckpointConfig", "Config", "DataConfig", "GPTArguments", "MuConfig", "ParallelConfig", "RampConfig", "RolloutConfig", "TrainConfig"]
+__all__ = [
+    "CheckpointConfig", "Config", "DataConfig", "GPTArguments", "LogConfig", "MuConfig", "ParallelConfig", "ProfileConfig", "RampConfig", "RolloutConfig",
+    "TrainConfig",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,34 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class LogConfig:
+    """Where the metrics go beside metrics.jsonl and TensorBoard, which always have them.  Keys of these services come from their own environment
+    variables and files, never from here."""
+
+    wandb: str = ""
+    """A project of Weights & Biases, as project or entity/project; empty: none.  WANDB_MODE=offline keeps it on disk."""
+    mlflow: str = ""
+    """Where MLflow keeps its runs: http(s)://host:port, sqlite:///path or a directory; empty: nowhere.  Its experiment is MLFLOW_EXPERIMENT_NAME, or
+    megatron-plugin."""
+    run_name: str = ""
+    """What the run is called there; empty: the name of run_dir."""
+    peak_tflops: float = 0.0
+    """The most that one device can do with matrix products of train.dtype, TFLOP/s, for perf/mfu; 0: by the device's name, where it is known."""
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """torch's profiler over a few steps: a Chrome trace for each rank in <run_dir>/profile (chrome://tracing, ui.perfetto.dev)."""
+
+    first_step: int = 0
+    """The step that it begins with, at most train.steps; 0: never.  The first steps of a run compile kernels and fill caches: 10 is a good one."""
+    steps: int = 2
+    """Steps in one trace.  A step of a large model is tens of megabytes."""
+    ranks: list[int] = field(default_factory=lambda: [0])
+    """Ranks of the job that do it, a list or one."""
+
+
+@dataclass(frozen=True)
 class GPTArguments:
     """Keys of `model` that are arguments of megatron-core's GPTModel, not of its TransformerConfig; same names, same defaults."""
 
@@ -208,6 +239,8 @@ class Config:
     """Fields of megatron-core's TransformerConfig and of GPTArguments.  What is left out has megatron-core's own default, except that
     hidden_dropout and attention_dropout are 0."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     sources: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
     """Not a key: where each key that was set comes from, {"train.steps": "configs/dft.yaml:9", "data.train": "command line"}."""
 

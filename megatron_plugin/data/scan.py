@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_plugin.data.errors import DataError
 from megatron_plugin.data.messages import Conversation, iter_lines
@@ -84,7 +85,8 @@ def scan_file(
     """Everything about a file; what is wrong with it is in the result, nothing is raised.
 
     `encoder`: also tokenise each line, which is a hundred times slower; with it, `seq_length` tokens are the most a line may have (0: any)."""
-    scan, seen = Scan(str(path), shown), {}
+    scan = Scan(str(path), shown)
+    seen: dict[Any, Any] = {}
     try:
         for item in iter_lines(path, train_on=train_on):
             scan.lines += 1

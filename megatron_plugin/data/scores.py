@@ -14,7 +14,7 @@ import heapq
 import json
 import os
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,7 +134,8 @@ class Summary:
 
 def summarise(scores: Iterable[Score], *, worst: int) -> Summary:
     """One pass over the lines."""
-    found, sums, columns = Summary(), Counter(), {name: array("f") for name in ("cll", "logp", "entropy")}
+    found, columns = Summary(), {name: array("f") for name in ("cll", "logp", "entropy")}
+    sums: defaultdict[str, float] = defaultdict(float)
     lowest: list[tuple[float, int, Score]] = []
     for score in scores:
         found.lines += 1
@@ -152,7 +153,7 @@ def summarise(scores: Iterable[Score], *, worst: int) -> Summary:
         for name, values in columns.items():
             if name in score:
                 values.append(score[name])
-        heapq.heappush(lowest, (-score.get("cll", score["logp"]), -score["line"], score))
+        heapq.heappush(lowest, (-(score["cll"] if "cll" in score else score["logp"]), -score["line"], score))
         if len(lowest) > worst:
             heapq.heappop(lowest)
     found.means = {name: total / found.tokens for name, total in sums.items()}

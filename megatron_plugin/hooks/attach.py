@@ -17,6 +17,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from megatron.core import parallel_state
@@ -48,7 +49,7 @@ def attach(
     plan: Plan | None = None,
     one_pass: bool = False,
     main_grad: bool | None = None,
-    **params: float | Tensor,
+    **params: float | str | Tensor,
 ) -> Handle:
     """Let a GPTModel form `loss` from its hidden states whenever it is called with labels.  Its logits are then never made.
 
@@ -69,7 +70,7 @@ def attach(
     own forward) or whose gradient is deferred; one_pass without calculate_per_token_loss.
     """
     bound, head, plan = bind(loss, **params), Head() if head is None else head, Plan() if plan is None else plan
-    chunks = list(model) if isinstance(model, (list, tuple, torch.nn.ModuleList)) else [model]
+    chunks: list[Any] = list(model) if isinstance(model, (list, tuple, torch.nn.ModuleList)) else [model]
     if not chunks:
         raise ValueError("got an empty list of model chunks, expected a GPTModel or this rank's chunks of one")
     found = [m for m in map(head_of, chunks) if m is not None]
@@ -89,8 +90,10 @@ class Handle:
         self.one_pass = one_pass
         self.output: LossOutput | None = None
         """Of the last forward with labels: sums and detached per-token values, [b, s] each."""
-        self._model, self._surgery = model, None
-        self._given = self._loss_mask = None
+        self._model: Any = model
+        self._surgery: HeadSurgery | None = None
+        self._given: tuple[TokenInputs, Tensor | None] | Literal["taken"] | None = None
+        self._loss_mask: Tensor | None = None
         self._fresh = False  # the output was not yet handed to megatron-core
         self._ledger: MainGrad | None = None
         self._books: Books | None = None
@@ -155,13 +158,13 @@ class Handle:
         if self._model is None:
             yield
             return
-        self._check_attached()
+        surgery = self._attached()
         if self._given is not None:
             raise RuntimeError("handle.inputs inside handle.inputs: inputs belong to one micro-batch; leave the first one before the next")
-        without_labels, self._given = self._surgery.without_labels, (inputs, on_host)
+        without_labels, self._given = surgery.without_labels, (inputs, on_host)
         try:
             yield
-            if self._given != "taken" and self._surgery.without_labels > without_labels:
+            if self._given != "taken" and surgery.without_labels > without_labels:
                 raise RuntimeError("handle.inputs was given for a forward without labels, which forms no loss; pass labels=... to the model")
         finally:
             self._given = None
@@ -171,11 +174,11 @@ class Handle:
 
         num_tokens: 0-d int tensor in place of the number of loss tokens, for mixture-of-experts models (parallel/README.md).
         Two-pass, a loss_mask that the model was given multiplies here.  ValueError where megatron-core would not divide by the step's tokens once."""
-        self._check_attached()
+        self._attached()
         config = self._model.config
         check_normalised_per_step(config)
         check_will_be_divided(config)
-        if not self._fresh:
+        if not self._fresh or self.output is None:
             raise RuntimeError("loss_func was called twice for one forward, or before any: call the model with labels, then loss_func with what it returned")
         expected = () if self.one_pass else tuple(self.output.per_token.loss.shape)
         if tuple(output.shape) != expected:
@@ -194,12 +197,14 @@ class Handle:
         hidden = hidden_states if scale_logits is None else scale_logits(hidden_states)
         return self._main_loss(hidden, output_layer.weight if output_weight is None else output_weight, Seen(labels, loss_mask))
 
-    def _check_attached(self) -> None:
-        if not self.active:
+    def _attached(self) -> HeadSurgery:
+        if self._surgery is None:
             raise RuntimeError("nothing is attached: this handle was detached, or its pipeline stage has no output head; attach anew")
+        return self._surgery
 
     def _main_loss(self, hidden: Tensor, weight: Tensor, seen: Seen) -> Tensor:
         inputs, on_host = self._take_inputs()
+        assert seen.labels is not None  # without them the surgery asks for no loss
         self._loss_mask = seen.loss_mask
         if self.one_pass:  # nobody will multiply by it later
             tokens = Tokens(seen.labels, masked_inputs(inputs, seen.loss_mask), on_host=on_host)
@@ -236,6 +241,6 @@ class Handle:
         return self._ledger
 
     def _close_books(self) -> None:
-        if self._books is not None:
+        if self._books is not None and self._ledger is not None:
             self._books.remove(self._ledger, self._model.config)
             self._books = None

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -41,7 +42,7 @@ def make_loss_func(
     tp_group: dist.ProcessGroup | None = None,
     temperature: float = 1.0,
     overwrite_logits: bool = False,
-    **params: float | Tensor,
+    **params: float | str | Tensor,
 ) -> LossFunc:
     """A megatron-core loss_func for any loss of LOSSES, a dotted path to your own, or a function.
 
@@ -62,7 +63,7 @@ def make_loss_func(
             "pass the group the model was built with"
         )
     bound = bind(loss, **params)
-    options = {"tp_group": tp_group, "vocab_size": vocab_size, "temperature": temperature, "overwrite_logits": overwrite_logits}
+    options: dict[str, Any] = {"tp_group": tp_group, "vocab_size": vocab_size, "temperature": temperature, "overwrite_logits": overwrite_logits}
 
     def loss_func(logits: Tensor, *, labels: Tensor, loss_mask: Tensor | None = None, inputs: TokenInputs | None = None):
         check_will_be_divided(config)

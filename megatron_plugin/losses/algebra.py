@@ -57,7 +57,7 @@ def check_choice(loss: str, name: str, value: object, choices: Iterable[str]) ->
         raise ValueError(f"loss '{loss}': got {name}={value!r}, expected one of {', '.join(choices)}")
 
 
-def is_neutral(value: float | Tensor, neutral: float) -> bool:
+def is_neutral(value: float | str | Tensor, neutral: float) -> bool:
     """Whether a parameter is known to change nothing.  A tensor never is: reading it would stop the device."""
     return not isinstance(value, Tensor) and value == neutral
 

@@ -35,11 +35,10 @@ def bind(loss: str | Callable | TokenLoss, /, **params: float | str | Tensor) ->
     if found.bound and not params:
         return found
     own = {name: value for name, value in params.items() if name not in REGULARISERS}
-    added = {name: value for name, value in params.items() if name in REGULARISERS}
+    added: dict[str, Any] = {name: value for name, value in params.items() if name in REGULARISERS}
     for name, value in added.items():
         check_number(found.name, name, value)
-    merged = {"params": {**found.params, **own}, "regularisers": {**found.regularisers, **added}}
-    bound = replace(found, **merged, bound=True, tried={})
+    bound = replace(found, params={**found.params, **own}, regularisers={**found.regularisers, **added}, bound=True, tried={})
     _check_parameters(bound)
     if _is_built_in(bound):
         if own:

@@ -53,8 +53,8 @@ def objective_of(loss: TokenLoss, inputs: TokenInputs, *, grad_scale: Number = 1
         table_CT[COLUMNS.index("reach")] = grads_T3.abs().amax(-1)
         return table_CT, grads_T3
 
-    twin = None if inputs.extra else resolve_twin(loss)  # extra inputs have no place in the twin ABI: PyTorch terms then
-    twin = None if twin is None else Twin(twin, _twin_params(loss), len(metrics))
+    function = None if inputs.extra else resolve_twin(loss)  # extra inputs have no place in the twin ABI: PyTorch terms then
+    twin = None if function is None else Twin(function, _twin_params(loss), len(metrics))
     regularisers = {name: loss.regularisers.get(name, 0.0) for name in REGULARISERS}
     return Objective(terms, inputs.tensors(), grad_scale, twin=twin, **regularisers), metrics
 

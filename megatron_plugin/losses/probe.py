@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,11 +135,11 @@ def _has_weights(loss: TokenLoss) -> bool:
 
 def _on_cpu(loss: TokenLoss) -> TokenLoss:
     """The loss with its 0-d tensors on the CPU and a vocabulary, should it want one."""
-    params, added = (
-        {name: value.detach().to("cpu") if isinstance(value, Tensor) else value for name, value in given.items()}
-        for given in (loss.params, loss.regularisers)
-    )
-    return replace(loss, params=params, regularisers=added).for_vocabulary(VOCABULARY)
+
+    def moved(given: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value.detach().to("cpu") if isinstance(value, Tensor) else value for name, value in given.items()}
+
+    return replace(loss, params=moved(loss.params), regularisers=moved(loss.regularisers)).for_vocabulary(VOCABULARY)
 
 
 def check_once(loss: TokenLoss) -> None:
@@ -188,14 +189,14 @@ def own_metrics(loss: TokenLoss, given: frozenset[str]) -> tuple[str, ...]:
                          tuple((name, value) for name, value in numbers.items() if not isinstance(value, Tensor)))  # fmt: skip
 
 
-def _stand_in(value: float | Tensor, default: object) -> float | Tensor:
+def _stand_in(value: float | str | Tensor, default: object) -> float | str | Tensor:
     if not isinstance(value, Tensor):
         return value
     number = default if isinstance(default, (int, float)) else 1.0
     return value.detach() if value.device.type == "cpu" else torch.tensor(float(number), dtype=value.dtype, device="cpu")
 
 
-def _try_metrics(fn: LossFunction, given: frozenset[str], params: tuple[tuple[str, float], ...]) -> tuple[str, ...]:
+def _try_metrics(fn: LossFunction, given: frozenset[str], params: tuple[tuple[str, float | str | Tensor], ...]) -> tuple[str, ...]:
     stats, inputs = _plausible(3)
     plain = {name: x for name, x in inputs.tensors().items() if name in given | {"coefficient"}}
     extra = inputs.extra if any(name.startswith("extra.") for name in given) else {}
@@ -205,7 +206,7 @@ def _try_metrics(fn: LossFunction, given: frozenset[str], params: tuple[tuple[st
 
 
 @lru_cache(maxsize=256)
-def _kept_metrics(fn: LossFunction, given: frozenset[str], tensors: tuple[str, ...], numbers: tuple[tuple[str, float], ...]) -> tuple[str, ...]:
+def _kept_metrics(fn: LossFunction, given: frozenset[str], tensors: tuple[str, ...], numbers: tuple[tuple[str, float | str], ...]) -> tuple[str, ...]:
     return _try_metrics(fn, given, (*((name, torch.tensor(1.0, device="cpu")) for name in tensors), *numbers))
 
 

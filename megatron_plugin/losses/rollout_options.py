@@ -59,7 +59,7 @@ def with_rollout_options(*, prefix: str = "") -> Callable[[LossFunction], LossFu
 
         signature = inspect.signature(fn)
         added = [p for p in inspect.signature(loss, follow_wrapped=False).parameters.values() if p.name in OPTIONS]
-        loss.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *added])
+        loss.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *added])  # type: ignore[attr-defined]  # what inspect reads
         return loss
 
     return decorate

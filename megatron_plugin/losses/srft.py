@@ -92,13 +92,14 @@ def srft(
         policy = clipped_policy_gradient("srft", own, inputs, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
         learnt = _own_code(policy, inputs, entropy_T)
     metrics = {f"rollout/{name}": torch.where(expert_T, 0.0, column) for name, column in learnt.metrics.items()}
-    return TokenTerms(torch.where(expert_T, taught.loss, learnt.loss), torch.where(expert_T, taught.weight, learnt.weight), metrics)
+    weight_T = torch.where(expert_T, taught.weight, learnt.weight)  # type: ignore[arg-type]  # both have one
+    return TokenTerms(torch.where(expert_T, taught.loss, learnt.loss), weight_T, metrics)
 
 
 def _demonstration(stats: TokenStats, inputs: TokenInputs, entropy_T: Tensor, preset: str, gamma: float | Tensor) -> TokenTerms:
     sign = -1.0 if preset == "paper" else 1.0
     weight_T = SFT_SHARE * (sign * entropy_T).exp()
-    reinforced_T = -inputs.advantage * stats.logp.exp() if preset == "paper" else luffy(stats, inputs, gamma=gamma).loss
+    reinforced_T = -inputs.require("advantage", "srft") * stats.logp.exp() if preset == "paper" else luffy(stats, inputs, gamma=gamma).loss
     return TokenTerms(weighted_nll(weight_T, stats.logp) + reinforced_T, weight_T)
 
 
@@ -112,5 +113,5 @@ def _own_paper(stats: TokenStats, inputs: TokenInputs, entropy_T: Tensor, wrong_
 
 
 def _own_code(policy: TokenTerms, inputs: TokenInputs, entropy_T: Tensor) -> TokenTerms:
-    weight_T = torch.where(inputs.advantage > 0, RL_SHARE * entropy_T.exp(), 1.0)
+    weight_T = torch.where(inputs.require("advantage", "srft") > 0, RL_SHARE * entropy_T.exp(), 1.0)
     return policy._replace(loss=weight_T * policy.loss, weight=weight_T)

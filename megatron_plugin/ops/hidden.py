@@ -21,6 +21,7 @@ from megatron_plugin.losses.contract import TokenInputs, TokenLoss
 from megatron_plugin.losses.objective import objective_of
 from megatron_plugin.losses.reduction import LossOutput, PerToken, evaluate_loss, output_of_table
 from megatron_plugin.ops.checks import check_type, checked_inputs, checked_labels, checked_shard
+from megatron_plugin.ops.graph_break import graph_break
 from megatron_plugin.ops.head_checks import (
     check_head,
     check_labels_on_cpu,
@@ -37,7 +38,7 @@ __all__ = ["linear_token_loss", "linear_token_stats"]
 _WHOLE, _PLAIN, _AUTO = TensorParallel(), Head(), Plan()
 
 
-@torch.compiler.disable
+@graph_break
 def linear_token_stats(
     hidden: Tensor,
     weight: Tensor,
@@ -74,7 +75,7 @@ def linear_token_stats(
     return TokenStats(*(x.view(labels.shape) for x in _stats(call)))
 
 
-@torch.compiler.disable
+@graph_break
 def linear_token_loss(
     hidden: Tensor,
     weight: Tensor,

@@ -16,6 +16,7 @@ from megatron_plugin.losses.contract import TokenInputs, TokenLoss
 from megatron_plugin.losses.objective import objective_of
 from megatron_plugin.losses.reduction import LossOutput, PerToken, evaluate_loss, output_of_table
 from megatron_plugin.ops.checks import check_grad_scale, check_type, checked_inputs, checked_labels, checked_shard
+from megatron_plugin.ops.graph_break import graph_break
 from megatron_plugin.parallel.vocab import gather_over
 
 __all__ = ["token_loss", "token_stats"]
@@ -54,7 +55,7 @@ def token_stats(
     return shard_token_stats(logits, labels, shard, gather=gather_over(tp_group, shard, logits.shape[-1]), overwrite_logits=overwrite_logits)
 
 
-@torch.compiler.disable
+@graph_break
 def token_loss(
     logits: Tensor,
     labels: Tensor,

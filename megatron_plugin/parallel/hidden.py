@@ -20,13 +20,12 @@ def exchange_over(group: dist.ProcessGroup | None, shard: Shard, columns: int, *
     Plain tensor parallelism all-reduces dX [n, H] in place.  Sequence parallelism gathers hidden states [n / R, H] -> [n, H] and
     reduce-scatters dX back, never more than a chunk of either.  All transfers but that of the statistics run beside the compute queue.
     """
-    ranks = 1 if group is None else dist.get_world_size(group)
-    if ranks == 1:
+    if group is None or dist.get_world_size(group) == 1:
         return Exchange()
     gather = gather_over(group, shard, columns)
     if not sequence_parallel:
         return Exchange(1, gather, reduce_dx=partial(_start_all_reduce, group))
-    return Exchange(ranks, gather, partial(_start_all_gather, group), partial(_start_reduce_scatter, group))
+    return Exchange(dist.get_world_size(group), gather, partial(_start_all_gather, group), partial(_start_reduce_scatter, group))
 
 
 def _start_all_reduce(group: dist.ProcessGroup, x: Tensor) -> Pending:

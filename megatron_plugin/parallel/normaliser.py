@@ -96,8 +96,8 @@ def count_step(masks: Iterable[StepMask], group: dist.ProcessGroup | None = None
         totals[3] += torch.tensor([0, 1] if mask.real is None else [int(mask.real.sum()), 0])
     tokens, sequences, unknown, (real, real_unknown) = all_reduce_sum(totals, group).tolist()
     whole = [round(s) if math.isfinite(s) and abs(s - round(s)) < 1e-6 else s for s in sequences]
-    expert, rollout = (SourceCount(round(n), None if u else s) for n, s, u in zip(tokens, whole, unknown, strict=True))
-    return StepCounts(expert, rollout, None if real_unknown else round(real))
+    experts, rollouts = (SourceCount(round(n), None if u else s) for n, s, u in zip(tokens, whole, unknown, strict=True))
+    return StepCounts(experts, rollouts, None if real_unknown else round(real))
 
 
 def sequence_tokens(
@@ -187,22 +187,26 @@ def coefficients(
     for tokens, source, count in ((live & is_expert, expert, counts.expert), (live & ~is_expert, rollout, counts.rollout)):
         if source.share == 0 or count.tokens == 0:
             continue
-        if source.denominator != "token" and count.sequences is None:
-            raise ValueError(f"denominator '{source.denominator}' needs sequence_tokens in every StepMask of the step and one came without")
-        if source.denominator != "token" and not isinstance(count.sequences, int):
-            raise ValueError(
-                f"got sequence_tokens that add up to {count.sequences:.6g} sequences, expected a whole number: they count the tokens of one "
-                "source that loss_mask leaves, in whole sequences; call sequence_tokens() on the final loss_mask, before slicing"
-            )
-        match source.denominator:
-            case "token":
-                per_token = torch.ones_like(out) / count.tokens
-            case "sequence":
-                per_token = mask.sequence_tokens.double().reciprocal() / count.sequences
-            case "constant":
-                per_token = torch.ones_like(out) / (source.constant * count.sequences)
+        if source.denominator == "token":
+            per_token = torch.ones_like(out) / count.tokens
+        else:
+            per_token = _per_sequence(source, mask.sequence_tokens, count.sequences)
         out = torch.where(tokens, source.share * total * per_token, out)
     return torch.where(live, out * mask.loss_mask, 0.0).float()
+
+
+def _per_sequence(source: Source, sequence_tokens: Tensor | None, sequences: float | None) -> Tensor:
+    """fp64, of loss_mask's shape: what a token weighs in a mean over `sequences` sequences."""
+    if sequences is None or sequence_tokens is None:
+        raise ValueError(f"denominator '{source.denominator}' needs sequence_tokens in every StepMask of the step and one came without")
+    if not isinstance(sequences, int):
+        raise ValueError(
+            f"got sequence_tokens that add up to {sequences:.6g} sequences, expected a whole number: they count the tokens of one "
+            "source that loss_mask leaves, in whole sequences; call sequence_tokens() on the final loss_mask, before slicing"
+        )
+    if source.constant is not None:
+        return torch.ones_like(sequence_tokens, dtype=torch.float64) / (source.constant * sequences)
+    return sequence_tokens.double().reciprocal() / sequences
 
 
 def _sources(mask: StepMask) -> tuple[Tensor, Tensor]:

@@ -69,7 +69,7 @@ def shard_of(
             "ends; pass vocab_size=<true vocabulary> on every rank"
         )
     held = ranks * columns if vocab_start is None else vocab_start + columns if ranks == 1 else None
-    vocab_size = held if vocab_size is None else vocab_size
+    vocab_size = ranks * columns if vocab_size is None else vocab_size  # without it the shards are equal: no vocab_start
     vocab_start = rank * columns if vocab_start is None else vocab_start
     if vocab_size <= 0 or (held is not None and vocab_size > held) or (ranks == 1 and vocab_start != 0):
         raise ValueError(

@@ -19,7 +19,8 @@ PANELS = {  # title -> metrics drawn in it; plain NLL always stands beside a wei
     "loss as trained": ("train/loss",), "NLL on training data, nats": ("train/nll",), "NLL held out, nats": ("eval/heldout_nll", "eval/ood_nll"),
     "mean token probability": ("train/token_prob",), "entropy, nats": ("train/entropy",), "mean weight": ("train/weight_mean",),
     "mean log p + H (cll), nats": ("train/cll_mean",), "share of tokens with cll < -3": ("train/cll_below_minus_3",), "ramp of idft": ("train/ramp",),
-    "gradient norm": ("train/grad_norm",), "learning rate": ("train/lr",),
+    "gradient norm": ("train/grad_norm",), "learning rate": ("train/lr",), "tokens per second": ("perf/tokens_per_s",),
+    "share of the devices' peak (MFU)": ("perf/mfu",), "memory of the fullest rank, GiB": ("perf/memory_gib",),
 }  # fmt: skip
 STYLES = {  # marker, line, label's end
     "eval/heldout_nll": ("o", "-", ", held out"), "eval/ood_nll": ("x", ":", ", harder"), "eval/heldout_reward_sampled": ("o", "-", ", sampled"),

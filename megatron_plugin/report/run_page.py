@@ -21,13 +21,16 @@ LONGEST = 4000  # characters of a sample that are shown
 RECENT = 0.2  # samples are taken from the last fifth of the steps: what the model writes now
 PARTS = {  # of a step
     "perf/generate_s": "sampling (waiting for engines)", "perf/judge_s": "judging", "perf/score_s": "log-probabilities of old policy and reference",
-    "perf/train_s": "forward, backward, optimizer", "perf/sync_s": "sending weights",
+    "perf/data_s": "packing and making batches", "perf/forward_backward_s": "forward and backward", "perf/optimizer_s": "gradient norm and optimizer",
+    "perf/sync_s": "sending weights",
 }  # fmt: skip
+OF_TRAINING = "perf/train_s"  # on-policy runs: data, forward, backward and optimizer together; older runs have nothing finer
+BETWEEN = {"perf/save_s": "checkpoints", "perf/evaluate_s": "evaluations"}  # steps
 ROWS = {  # heading -> metric, in the table of how it went
     "loss as trained": "train/loss", "NLL, nats": "train/nll", "token probability": "train/token_prob", "entropy, nats": "train/entropy",
     "mean weight": "train/weight_mean", "effective share of tokens": "train/weight_ess", "log p + H, nats": "train/cll_mean", "mu": "train/mu",
     "reward of rollouts": "rollout/reward_mean", "tokens of a completion": "rollout/len_mean", "gradient norm": "train/grad_norm",
-    "tokens per second": "perf/tokens_per_s",
+    "tokens per second": "perf/tokens_per_s", "share of the devices' peak (MFU)": "perf/mfu", "memory of the fullest rank, GiB": "perf/memory_gib",
 }  # fmt: skip
 
 
@@ -83,16 +86,24 @@ def _evaluations(lines: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _timing(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Where the seconds of a step go; what no part accounts for is shown too."""
+    """Where the seconds of a step go; what no part accounts for is shown too, and what lies between steps below."""
+    inside, between = _seconds(lines, PARTS), _seconds(lines, BETWEEN)
+    if "forward and backward" not in inside:
+        inside |= _seconds(lines, {OF_TRAINING: "forward, backward, optimizer"})
     whole = sum(line.get("perf/step_s") or 0.0 for line in lines)
-    parts = {heading: sum(line.get(name) or 0.0 for line in lines) for name, heading in PARTS.items()}
-    known = {heading: seconds for heading, seconds in parts.items() if seconds}
-    if not known or not whole:
+    if not inside or not whole:
         return []
-    rows = ["| part of a step | seconds in all | share |", "|---|---|---|"]
-    known["the rest"] = max(0.0, whole - sum(known.values()))
-    rows += [f"| {heading} | {seconds:,.1f} | {seconds / whole:.0%} |" for heading, seconds in known.items()]
+    inside["the rest"] = max(0.0, whole - sum(inside.values()))
+    rows = ["| part of a step | seconds in all | share of the steps |", "|---|---|---|"]
+    rows += [f"| {heading} | {seconds:,.1f} | {seconds / whole:.0%} |" for heading, seconds in inside.items()]
+    rows += [f"| between steps: {heading} | {seconds:,.1f} | {seconds / whole:.0%} |" for heading, seconds in between.items()]
     return ["## Where the time went", "\n".join(rows)]
+
+
+def _seconds(lines: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> dict[str, float]:
+    """{heading: seconds in all}, of {metric: heading}, where there are any."""
+    summed = {heading: sum(line.get(name) or 0.0 for line in lines) for name, heading in names.items()}
+    return {heading: seconds for heading, seconds in summed.items() if seconds}
 
 
 def _samples(run_dir: Path, last_step: int) -> list[str]:

@@ -111,7 +111,7 @@ def make_reward(
 def _single(name: str, limits: Mapping[str, Any], pattern: str, full_match: bool) -> Reward:
     if name == "numeric":
         return _Numeric()
-    tasks = {"math": {"kind": "math"}, "format": {"kind": "format", "pattern": pattern, "full": full_match}}
+    tasks: dict[str, dict[str, Any]] = {"math": {"kind": "math"}, "format": {"kind": "format", "pattern": pattern, "full": full_match}}
     if name not in tasks and "." not in name:
         near = difflib.get_close_matches(name.lower(), REWARDS, n=1)
         hint = f" (did you mean '{near[0]}'?)" if near else ""
@@ -160,7 +160,8 @@ class _Judged:
         # A group's answers are often the same text, of which a judge of ours says the same each time.
         keys = [i if self._own else (sample.completion, sample.reference) for i, sample in enumerate(samples)]
         by_key = {key: sample for key, sample in zip(keys, samples, strict=True) if sample.reference is not None or not self._needs_reference}
-        verdicts, asked = {}, list(by_key.items())
+        verdicts: dict[Any, Verdict] = {}
+        asked = list(by_key.items())
         for start in range(0, len(asked), FAILURES):
             part = asked[start : start + FAILURES]
             fields = [{name: getattr(sample, name) for name in FIELDS} for _, sample in part]

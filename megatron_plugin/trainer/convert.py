@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from typing import Any
 import torch.distributed as dist
 import yaml
 
-from megatron_plugin.config import Config, ConfigError, as_config_error, load_config
+from megatron_plugin.config import Config, as_config_error
+from megatron_plugin.config.layout import layout_config
 from megatron_plugin.data import load_tokenizer, true_vocab_size
 from megatron_plugin.hooks.mcore import check_megatron_core
 from megatron_plugin.hooks.weights import ModelFields, WeightsError, export_hf, import_hf, read_hf_config, transformer_fields
@@ -122,17 +122,3 @@ def _yaml(values: dict[str, Any], target: Path, source: Path) -> str:
     head = (f"# {source} in megatron-core's form.  Train from it, in any layout:\n"
             f"#   megatron-plugin train {target}/config.yaml loss.name=dft data.train=my.jsonl train.steps=200\n")  # fmt: skip
     return head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-
-
-def layout_config(values: dict[str, Any], overrides: Sequence[str], world_size: int, *, settable: tuple[str, ...]) -> Config:
-    """The checked configuration of what only reads or writes weights: that of `values`, with this job's layout.
-
-    ConfigError for an override that is not among `settable` (beginnings)."""
-    for override in overrides:
-        if not override.startswith(settable):
-            raise ConfigError(f"got the override {override!r}, expected {' or '.join(f'{s}...' for s in settable)} here; other keys are those of training")
-    batch = {"micro_batch": 1, "global_batch": world_size}  # nothing is trained, but the ranks left over must divide it
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "config.yaml"
-        file.write_text(yaml.safe_dump(values | {"train": values["train"] | batch}))
-        return load_config(file, overrides, world_size=world_size)

@@ -1,4 +1,4 @@
-"""Nothing is applied that is not a number, and all ranks agree on it: one all-reduce of four numbers a step.
+"""Nothing is applied that is not a number, and all ranks agree on it: one all-reduce of five numbers a step.
 
     guard = Guard(run)
     means = run_rows(..., watch=guard.look)             # what each micro-batch gave is kept until the step is over
@@ -25,6 +25,7 @@ from megatron_plugin.data import IGNORE_INDEX, PackedBatch
 from megatron_plugin.hooks.mcore import device, groups
 from megatron_plugin.losses.reduction import LossOutput
 from megatron_plugin.trainer import signals
+from megatron_plugin.trainer.perf import memory_gib
 from megatron_plugin.trainer.run import Run
 from megatron_plugin.trainer.spikes import Spikes
 
@@ -59,6 +60,8 @@ class Verdict:
     spike: bool
     signal: int
     """What ends the run after this step; 0: nothing."""
+    memory: float = 0.0
+    """GiB, of the rank that has used most (perf.py)."""
 
     @property
     def finite(self) -> bool:
@@ -77,8 +80,8 @@ class Votes:
 
     def verdict(self, grad_norm: float) -> Verdict:
         """`grad_norm` is asked for because whoever has it as a number has waited for the device."""
-        loss, gradient, spike, number = self._host.tolist()
-        return Verdict(grad_norm, bool(loss), bool(gradient) or not math.isfinite(grad_norm), bool(spike), int(number))
+        loss, gradient, spike, number, memory = self._host.tolist()
+        return Verdict(grad_norm, bool(loss), bool(gradient) or not math.isfinite(grad_norm), bool(spike), int(number), memory)
 
 
 class Guard:
@@ -118,7 +121,7 @@ class Guard:
         """Collective, every rank of the job, once gradients are final.  `means` of the step."""
         lost = not math.isfinite(means["lm loss"])
         spike = not lost and any(spikes.is_spike(means[name]) for name, spikes in self.spikes.items())
-        return Votes([float(lost), self._gradient_lost(), float(spike), float(signals.asked())])
+        return Votes([float(lost), self._gradient_lost(), float(spike), float(signals.asked()), memory_gib()])
 
     def settle(self, verdict: Verdict, means: Mapping[str, float]) -> dict[str, float]:
         """Counts the step; its metrics."""
@@ -132,7 +135,7 @@ class Guard:
         held_back = not verdict.finite or (verdict.spike and self.train.skip_spikes)
         self.skipped += held_back
         strays = means.get(STRAYS, 0.0) * means["num_tokens"]  # of a mean, or nan where there is no token
-        return {"guard/skipped_steps": float(self.skipped), "train/spike": float(verdict.spike),
+        return {"guard/skipped_steps": float(self.skipped), "train/spike": float(verdict.spike), "perf/memory_gib": verdict.memory,
                 "guard/stray_labels": float(round(strays)) if math.isfinite(strays) else 0.0}  # fmt: skip
 
     def found(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class HFScorer:
         from transformers import AutoModelForCausalLM
 
         try:
-            loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False)
+            loaded = AutoModelForCausalLM.from_pretrained(model, dtype="auto", trust_remote_code=False, local_files_only=True, use_safetensors=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(f"transformers cannot load {model}: {error}") from error
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

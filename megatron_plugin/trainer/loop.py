@@ -6,6 +6,7 @@ import contextlib
 import signal
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,14 @@ from megatron_plugin.trainer import signals
 from megatron_plugin.trainer.deterministic import make_deterministic
 from megatron_plugin.trainer.leaders import RemoteError
 from megatron_plugin.trainer.lost_peer import is_lost_peer
+from megatron_plugin.trainer.memory import memory_explained
 from megatron_plugin.trainer.metrics import RunLog, step_metrics
+from megatron_plugin.trainer.perf import Utilisation
+from megatron_plugin.trainer.profiling import ProfileWindow
 from megatron_plugin.trainer.run import Run, keep_best, record, save, start
+from megatron_plugin.trainer.stopwatch import taken
 from megatron_plugin.trainer.supervised import Supervised
+from megatron_plugin.trainer.trackers import trackers_of
 from megatron_plugin.trainer.update import NonFiniteError
 from megatron_plugin.trainer.world import seed_everything, world
 
@@ -38,10 +44,11 @@ def train(config: Config) -> None:
         raise ConfigError("a sliding window replaces the mask that keeps packed samples apart; set data.packing=false", "model.window_size")
     make_deterministic(config)
     with world(config):
-        run = start(config)
+        with memory_explained(config, lambda: "building model and optimizer"):
+            run = start(config)
         with contextlib.closing(_source(run)) as source, signals.caught():
             record(run)
-            log = RunLog(config.run_dir, steps=config.train.steps, resumed_at=run.step, leader=dist.get_rank() == 0)
+            log = RunLog(config.run_dir, steps=config.train.steps, resumed_at=run.step, leader=dist.get_rank() == 0, trackers=lambda: trackers_of(config))
             _say_what_is_trained(run, source, log)
             loop = _Loop(run, source, log, began_at=run.step)
             try:
@@ -52,6 +59,8 @@ def train(config: Config) -> None:
             except Exception as error:
                 loop.leave_if_stopped(error)
                 raise
+            finally:
+                loop.profile.close(run.step)
             log.close()
         _sum_up(run, log)
 
@@ -75,12 +84,27 @@ class _Loop:
     began_at: int
     """The step that the run found on disk; 0: none."""
 
+    @cached_property
+    def profile(self) -> ProfileWindow:
+        return ProfileWindow(self.run.config)
+
+    @cached_property
+    def utilisation(self) -> Utilisation:
+        config = self.run.config
+        return Utilisation(self.run.chunks[0].config, vocabulary=self.run.data.vocab_size, length=config.data.seq_length, peak_tflops=config.log.peak_tflops)
+
     def step(self) -> None:
         """One optimizer step and what is due after it.  LeaveError on every rank when a signal asked for the end."""
         run, config, start = self.run, self.run.config, time.perf_counter()
         seed_everything(config, run.step + 1)
-        means = self.source.step()
-        metrics = step_metrics(means, seconds=time.perf_counter() - start, counts=run.data.counts())
+        taken()  # what an evaluation has left
+        self.profile.before(run.step + 1)
+        with memory_explained(config, lambda: f"step {run.step + 1}", run=run):
+            means = self.source.step()
+        seconds = time.perf_counter() - start
+        self.profile.after(run.step)
+        metrics = step_metrics(means, seconds=seconds, counts=run.data.counts())
+        metrics |= taken() | self.utilisation.mfu(tokens=means["tokens"], head_tokens=means["num_tokens"], seconds=means.get("perf/train_s", seconds))
         last, stop = run.step == config.train.steps, self.source.guard.signal
         try:
             run.saver.poll()
@@ -99,12 +123,14 @@ class _Loop:
             raise signals.LeaveError("a signal came")
 
     def evaluate(self, *, last: bool) -> dict[str, float]:
+        start = time.perf_counter()
         for chunk in self.run.chunks:
             chunk.eval()  # no dropout
-        metrics = self.source.evaluate(last=last)
+        with memory_explained(self.run.config, lambda: f"evaluation after step {self.run.step}", run=self.run):
+            metrics = self.source.evaluate(last=last)
         for chunk in self.run.chunks:
             chunk.train()
-        return metrics
+        return metrics | {"perf/evaluate_s": time.perf_counter() - start}
 
     def leave_if_stopped(self, error: Exception) -> None:
         """StoppedError, with the last completed step saved, where `error` is a signal's doing.  All ranks come here together then."""

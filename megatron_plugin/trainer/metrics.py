@@ -1,36 +1,32 @@
-"""What a person sees of a run: a line per step, metrics.jsonl, TensorBoard.  Written by rank 0 only."""
+"""What a person sees of a run: a line per step, metrics.jsonl, TensorBoard and what `log` names.  Written by rank 0 only."""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_plugin.report.lines import read_metrics
 from megatron_plugin.rollout.log import append_whole
 from megatron_plugin.trainer.manifest import write_text
+from megatron_plugin.trainer.step_line import WIDTH, Clock, step_line
+from megatron_plugin.trainer.trackers import close_all
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from torch.utils.tensorboard import SummaryWriter
+
+    from megatron_plugin.trainer.trackers import Tracker
 
 __all__ = ["RunLog", "step_metrics"]
 
-SHOWN = {  # metric -> (heading, format): the line on the terminal
-    "train/loss": ("loss", ".4f"), "train/nll": ("nll", ".4f"), "train/token_prob": ("p", ".3f"), "train/entropy": ("H", ".3f"),
-    "train/weight_mean": ("w", ".3f"), "train/mu": ("mu", ".2f"), "rollout/reward_mean": ("reward", ".3f"), "rollout/len_mean": ("len", ".0f"),
-    "perf/generate_s": ("gen_s", ".1f"), "perf/train_s": ("train_s", ".1f"), "perf/sync_s": ("sync_s", ".2f"), "train/grad_norm": ("gnorm", ".3f"), "train/lr": ("lr", ".1e"), "perf/tokens_per_s": ("tok/s", ",.0f"),
-}  # fmt: skip
-WHEN_NOT_ZERO = {  # the same, where there are any
-    "train/spike": ("SPIKE", ".0f"), "guard/skipped_steps": ("skipped", ".0f"), "guard/stray_labels": ("strays", ".0f"),
-    "rollout/zero_groups": ("equal", ".2f"), "rollout/truncated_frac": ("cut", ".2f"), "rollout/empty": ("empty", ".0f"), "rollout/refused": ("refused", ".0f"),
-    "rollout/reward_failures": ("unjudged", ".0f"), "rollout/lost_engines": ("lost", ".0f"), "rollout/suspected": ("suspect", ".0f"),
-}  # fmt: skip
 RENAMED = {"lm loss": "loss", "weight": "weight_mean", "cll": "cll_mean", "phi": "phi_mean", "expert/phi": "phi_mean"}
 TWICE = ("rollout/ratio", "rollout/clip_frac")  # chord's names of ratio_mean and clip_frac
 OF_ROLLOUTS = ("ratio_mean", "logp_diff_max", "k3")  # measured by the trainer, about the rollouts
+BAR = 20  # columns
 
 
 def step_metrics(means: dict[str, float], *, seconds: float, counts: dict[str, float]) -> dict[str, float]:
@@ -47,7 +43,8 @@ def step_metrics(means: dict[str, float], *, seconds: float, counts: dict[str, f
 class RunLog:
     """Rank 0's record of a run; on the other ranks it does nothing."""
 
-    def __init__(self, run_dir: str | Path, *, steps: int, resumed_at: int, leader: bool):
+    def __init__(self, run_dir: str | Path, *, steps: int, resumed_at: int, leader: bool, trackers: Callable[[], Sequence[Tracker]] = list):
+        """trackers: makes those that get every step too; called on rank 0."""
         self.leader, self.steps = leader, steps
         if not leader:
             return
@@ -59,34 +56,55 @@ class RunLog:
         self._path, self.failed = run_dir / "metrics.jsonl", 0
         write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._board: SummaryWriter | None = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_at + 1)
-        self._console = None
-        if sys.stdout.isatty():
-            from rich.console import Console
-
-            self._console = Console(highlight=True)
+        self._console, self._clock, self._trackers = _terminal(), Clock(), trackers()
 
     def say(self, text: str) -> None:
         if self.leader:
-            self._console.print(text) if self._console else print(text, flush=True)
+            self._console.print(text, markup=False) if self._console else print(text, flush=True)
 
     def step(self, step: int, metrics: dict[str, float], *, show: bool) -> None:
-        """Record one step, log/failed in it if the disk has refused any; `show` prints its line."""
+        """Record one step, log/... in it if anything that records has failed; `show` prints its line."""
         if not self.leader:
             return
         if self.failed:
             metrics = metrics | {"log/failed": float(self.failed)}
+        metrics = metrics | {f"log/{tracker.name}_failed": float(tracker.failed) for tracker in self._trackers if tracker.failed}
         self._write(step, metrics)
         self._to_board(lambda board: [board.add_scalar(name, value, step) for name, value in metrics.items()])
+        for tracker in self._trackers:
+            tracker.log(step, metrics)
+        self._tell_news()
+        if step:
+            self._clock.tick()
         if show:
-            width = len(str(self.steps))
-            cells = [f"{heading} {format(metrics[name], spec)}" for name, (heading, spec) in SHOWN.items() if name in metrics]
-            cells += [f"{heading} {format(metrics[name], spec)}" for name, (heading, spec) in WHEN_NOT_ZERO.items() if metrics.get(name)]
-            evaluated = [f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("eval/")]
-            self.say(f"step {step:>{width}}/{self.steps}  " + "  ".join(cells + evaluated))
+            self._show(step, metrics)
 
     def close(self) -> None:
         if self.leader:
             self._to_board(lambda board: board.close())
+            close_all(self._trackers)
+            self._tell_news()
+
+    def _show(self, step: int, metrics: dict[str, float]) -> None:
+        left = self._clock.left(self.steps - step)
+        if self._console is None:
+            print(step_line(step, self.steps, metrics, left=left, width=WIDTH), flush=True)
+            return
+        from rich.progress_bar import ProgressBar
+        from rich.text import Text
+
+        # A line of its own and no bar that is redrawn in place: what NCCL, vLLM or a warning writes meanwhile would land in it, and it in theirs
+        columns = self._console.width
+        parts = self._console.render(ProgressBar(self.steps, step, width=BAR)) if columns > 4 * BAR else ()
+        bar = Text.assemble(*((part.text, part.style or "") for part in parts if not part.control))
+        bar.rstrip()
+        line = step_line(step, self.steps, metrics, left=left, width=min(WIDTH, columns) - (len(bar) + 1 if bar else 0))
+        self._console.print(Text.assemble(bar, " " if bar else "", self._console.render_str(line, markup=False, highlight=True)), no_wrap=True, overflow="crop")
+
+    def _tell_news(self) -> None:
+        for tracker in self._trackers:
+            if text := tracker.news():
+                self.say(text)
 
     def _write(self, step: int, metrics: dict[str, float]) -> None:
         """A line of metrics.jsonl; a disk that refuses it is no reason to stop."""
@@ -107,3 +125,12 @@ class RunLog:
         except OSError as error:
             self._board = None
             self.say(f"TensorBoard's files cannot be written and end here, metrics.jsonl goes on: {error}")
+
+
+def _terminal() -> Console | None:
+    """Where a person looks on; None for a file or a pipe, as under torchrun --redirects.  rich obeys NO_COLOR and TERM=dumb itself."""
+    if not sys.stdout.isatty():
+        return None
+    from rich.console import Console
+
+    return Console(highlight=True)

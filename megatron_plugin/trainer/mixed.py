@@ -29,6 +29,7 @@ from megatron_plugin.parallel.context import context_gather
 from megatron_plugin.parallel.normaliser import Source
 from megatron_plugin.trainer.sources import is_expert, source_metrics, source_names
 from megatron_plugin.trainer.step import Measure, on_every_rank, prepare_step, run_step
+from megatron_plugin.trainer.stopwatch import timed
 
 __all__ = ["MixedRows", "Scored", "mix", "score", "train_mixed"]
 
@@ -130,8 +131,10 @@ def train_mixed(
     and token means of what `watch` (run_step's `measure`) adds, where `names` has it.  A mean over no token is nan.  ValueError when neither source has a share."""
     if not (expert.share or rollout.share):
         raise ValueError("got share 0 for expert and rollout tokens, expected at least one of them above 0: the step would train nothing")
-    mixed = _of_sources(config, mixed, expert=expert, rollout=rollout)
-    step = prepare_step(chunks, mixed.batches(), expert=expert, rollout=rollout)
+    with timed("data"):
+        mixed = _of_sources(config, mixed, expert=expert, rollout=rollout)
+        batches = mixed.batches()
+    step = prepare_step(chunks, batches, expert=expert, rollout=rollout)
     peaks: list[Tensor] = []
 
     def measure(output: LossOutput, batch: PackedBatch, live: Tensor) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from megatron_plugin.losses.reduction import LossOutput
 from megatron_plugin.parallel.context import context_slice
 from megatron_plugin.parallel.normaliser import Source, StepCounts, coefficients, count_step, divisor, tokens_to_divide_by
 from megatron_plugin.trainer.sources import step_mask, token_inputs
+from megatron_plugin.trainer.stopwatch import timed
 
 __all__ = ["Measure", "MicroBatch", "Step", "on_every_rank", "prepare_step", "run_rows", "run_step"]
 
@@ -66,7 +67,9 @@ def run_rows(
     `watch`: run_step's `measure`; `names` may have what it adds."""
     ours = groups()
     mine = shard(list(rows), dp_rank=ours.dp.rank(), dp_size=ours.dp.size(), micro_batch=config.train.micro_batch)
-    step = prepare_step(chunks, [data.batch(micro_batch) for micro_batch in mine])
+    with timed("data"):
+        batches = [data.batch(micro_batch) for micro_batch in mine]
+    step = prepare_step(chunks, batches)
     with contextlib.nullcontext() if train else handle.plain(temperature=1.0):
         reports = run_step(config, chunks, handle, step, train=train, measure=watch)
     return on_every_rank(token_means(reports, group=ours.dp_cp), [*names, "num_tokens"])

@@ -16,6 +16,7 @@ from megatron_plugin.schedules.ramp import ramp_schedule
 from megatron_plugin.trainer import replay
 from megatron_plugin.trainer.guard import STRAYS, Guard, Verdict
 from megatron_plugin.trainer.run import Run
+from megatron_plugin.trainer.stopwatch import timed
 
 __all__ = ["NonFiniteError", "optimizer_step"]
 
@@ -37,13 +38,15 @@ def optimizer_step(guard: Guard, gradients: Callable[[], dict[str, float]], samp
     run = guard.run
     ramp = _set_ramp(run)
     guard.begin()
-    for chunk in run.chunks:
-        chunk.zero_grad_buffer()
-    run.optimizer.zero_grad()
-    means = gradients()
-    votes = guard.vote(means)
-    run.optimizer.prepare_grads()
-    verdict = votes.verdict(float(run.optimizer.get_grad_norm()))
+    with timed("forward_backward"):
+        for chunk in run.chunks:
+            chunk.zero_grad_buffer()
+        run.optimizer.zero_grad()
+        means = gradients()  # numbers of the host: the device has done the backward
+    with timed("optimizer"):
+        votes = guard.vote(means)
+        run.optimizer.prepare_grads()
+        verdict = votes.verdict(float(run.optimizer.get_grad_norm()))
     lr = run.optimizer.param_groups[0]["lr"]
     counted = guard.settle(verdict, means)
     if not verdict.finite:
@@ -51,7 +54,8 @@ def optimizer_step(guard: Guard, gradients: Callable[[], dict[str, float]], samp
     elif verdict.spike:
         _spiked(guard, means, samples())
     if verdict.finite and not (verdict.spike and run.config.train.skip_spikes):
-        run.optimizer.step()
+        with timed("optimizer"):
+            run.optimizer.step()
     run.scheduler.step(increment=1)
     run.step += 1
     return {name: mean for name, mean in means.items() if name != STRAYS} | {"grad_norm": verdict.grad_norm, "lr": lr} | ramp | counted
@@ -64,7 +68,8 @@ def _held_back(guard: Guard, verdict: Verdict, means: dict[str, float], samples:
     folder = replay.keep(guard, step, sentence, ranks, sources)
     text = f"step {step}: {sentence}" + (f"; the command that tries it again is in {folder}/step.json" if folder else "")
     if guard.in_a_row >= most:
-        raise NonFiniteError(f"{text}; {guard.in_a_row} in a row, train.max_nonfinite is {most}")
+        raise NonFiniteError(f"{text}; {guard.in_a_row} in a row, train.max_nonfinite is {most}; look at the samples, or lower train.lr; the same command "
+                             "goes on from the last checkpoint")  # fmt: skip
     if dist.get_rank() == 0:
         log.warning("%s; %d in a row of the train.max_nonfinite=%d that end the run", text, guard.in_a_row, most)
 

@@ -7,9 +7,20 @@ import pytest
 import torch
 
 from benchmarks import page, rivals, shapes, targets
-from benchmarks._harness import Contender, NotMeasured, Run, Work, check, compare, finish_rows, interleave, percentile, relative_error
 from benchmarks._rival_tools import files_alone
-from benchmarks.cases import OBJECTIVES, linear_case, logits_case, objective_sum
+from megatron_plugin.bench.cases import OBJECTIVES, linear_case, logits_case, objective_sum
+from megatron_plugin.bench.harness import (
+    Contender,
+    NotMeasured,
+    Run,
+    Work,
+    check,
+    compare,
+    finish_rows,
+    interleave,
+    percentile,
+    relative_error,
+)
 
 CPU = torch.device("cpu")
 SHAPE = shapes.Shape(40, 300, dtype="fp32")

@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import shutil
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from megatron_plugin.data import DataError
-from megatron_plugin.data.claim import claim, file_sha256
+from megatron_plugin.data.claim import claim, file_sha256, weights_digest
 
 
 def test_the_same_may_go_on_and_nothing_else(tmp_path):
@@ -32,3 +35,31 @@ def test_a_note_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "note.json").write_text("")
     with pytest.raises(DataError, match=r"note\.json: cannot read what its answers are of"):
         claim(tmp_path / "note.json", {"a": 1}, kind="answers")
+
+
+def test_other_weights_have_another_digest(tmp_path):
+    """Of one tensor among several, and of its shape alone; a copy, and a file beside them, change nothing."""
+    torch.manual_seed(0)
+    tensors = {"a": torch.randn(50, 400), "b": torch.randn(300, 1000)}
+    (tmp_path / "one").mkdir()
+    save_file(tensors, tmp_path / "one" / "model.safetensors")
+    (tmp_path / "one" / "config.json").write_text("{}")
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    (tmp_path / "copy" / "README.md").write_text("something")
+    was = weights_digest(tmp_path / "one")
+    assert weights_digest(tmp_path / "copy") == was
+    save_file(tensors | {"a": tensors["a"].view(400, 50)}, tmp_path / "copy" / "model.safetensors")
+    assert weights_digest(tmp_path / "copy") != was
+    for name in tensors:  # a training step moves nearly every number
+        save_file(tensors | {name: tensors[name] + 1e-3}, tmp_path / "copy" / "model.safetensors")
+        assert weights_digest(tmp_path / "copy") != was, name
+    shutil.copy(tmp_path / "one" / "model.safetensors", tmp_path / "copy" / "model.safetensors")
+    (tmp_path / "copy" / "config.json").write_text('{"rope_theta": 5}')
+    assert weights_digest(tmp_path / "copy") != was
+
+
+def test_a_checkpoint_is_known_by_its_manifest(tmp_path):
+    (tmp_path / "manifest.json").write_text('{"files": {"a": "1"}}')
+    was = weights_digest(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"files": {"a": "2"}}')
+    assert weights_digest(tmp_path) != was

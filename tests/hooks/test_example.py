@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.example_ranks import free_port
+from tests.spawn import on_ranks
+
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "megatron_core_dft.py"
 TINY = ["--layers=2", "--hidden=32", "--seq-length=16", "--micro-batch=4", "--global-batch=8", "--eval-batches=1", "--lr=1e-3"]
@@ -24,6 +27,11 @@ def _torchrun(ranks, *arguments, timeout=120):
     return done.stdout, done.stderr, done.returncode
 
 
+def _ranks(ranks, *arguments):
+    """What they print, of ranks that are started once for all tests."""
+    return "".join(on_ranks(ranks, "tests.example_ranks", "run_example", path=str(EXAMPLE), arguments=list(arguments), port=free_port()))
+
+
 def _losses(output):
     """The loss of every step, in order."""
     return [float(x) for x in re.findall(r"^\S+ \d+/\d+ .*lm loss (\S+)", output, re.M)]
@@ -35,8 +43,12 @@ def test_tp1_tp2_and_dp2_give_the_same_losses():
     """Megatron initialises on the CPU from one seed, whatever the split.  Measured over 20 steps: equal in all five printed decimals."""
     runs = {}
     for name, ranks, tp in [("TP1", 1, 1), ("TP2", 2, 2), ("DP2", 2, 1)]:
-        output, errors, code = _torchrun(ranks, f"--tp={tp}", "--warm-steps=10", "--steps=10", *TINY)
-        assert code == 0, errors
+        words = [f"--tp={tp}", "--warm-steps=10", "--steps=10", *TINY]
+        if name == "TP2":  # once as a reader starts it
+            output, errors, code = _torchrun(ranks, *words)
+            assert code == 0, errors
+        else:
+            output = _ranks(ranks, *words)
         runs[name] = _losses(output)
         assert (
             len(runs[name]) == 20
@@ -48,7 +60,6 @@ def test_tp1_tp2_and_dp2_give_the_same_losses():
         assert runs[name] == pytest.approx(runs["TP1"], abs=5e-5), name
 
 
-@pytest.mark.torchrun
 @pytest.mark.timeout(200)
 def test_tensor_and_pipeline_on_a_file_with_a_loss_of_ones_own(tmp_path):
     lines = [{"question": f"{i}+1?", "answer": str(i + 1)} for i in range(40)] + [{"question": "too long " * 9, "answer": "x"}]
@@ -56,8 +67,7 @@ def test_tensor_and_pipeline_on_a_file_with_a_loss_of_ones_own(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     files = [f"--data={tmp_path / 'train.jsonl'}", f"--eval-data={tmp_path / 'test.jsonl'}"]
     loss = ["--loss=tests.losses.user_losses.tempered", '--loss-params={"tau": 2.0}']
-    output, errors, code = _torchrun(4, "--tp=2", "--pp=2", "--warm-steps=1", "--steps=2", "--eval-every=1", *loss, *files, *TINY)
-    assert code == 0, errors
+    output = _ranks(4, "--tp=2", "--pp=2", "--warm-steps=1", "--steps=2", "--eval-every=1", *loss, *files, *TINY)
     assert "train: 40 examples; 1 more are longer than --seq-length 16 and left out" in output
     assert len(_losses(output)) == 3 and all(map(math.isfinite, _losses(output)))
     assert output.count("held out, after") == 3 and "at TP2 PP2 DP1" in output.splitlines()[-1]

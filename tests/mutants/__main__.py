@@ -5,10 +5,10 @@
 
 import sys
 
-from tests.mutants import checkpoints, core, ddt, dynamics, guard, inputs, parity, rollout_faults
+from tests.mutants import checkpoints, commands, core, ddt, dynamics, guard, inputs, observed, packaging, parity, rollout_faults
 from tests.plant import main
 
-MUTANTS = [mutant for module in (core, ddt, checkpoints, guard, rollout_faults, inputs, parity, dynamics) for mutant in module.MUTANTS]
+MUTANTS = [mutant for module in (core, ddt, checkpoints, guard, rollout_faults, inputs, parity, dynamics, commands, observed, packaging) for mutant in module.MUTANTS]
 
 if __name__ == "__main__":
     sys.exit(main(MUTANTS, sys.argv[1:]))

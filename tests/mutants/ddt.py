@@ -26,6 +26,13 @@ MUTANTS = [
            "scores = [one for part in self.ranks.gather(mine) for one in part]", f"{SCORING} -k 'matter and DP2'"),
     Mutant("results of something else are continued", "megatron_plugin/data/claim.py", "if there != wanted:", "if False:", CLAIM),
     Mutant("a key that is new to the note goes unnoticed", "megatron_plugin/data/claim.py", "if there != wanted:", "if there.items() - wanted.items():", CLAIM),
+    Mutant("a model is known by the lengths of its files", "megatron_plugin/data/claim.py", "                digest.update(file.read(LENGTH))\n", "", CLAIM),
+    Mutant("of a file of weights its names are looked at alone", "megatron_plugin/data/claim.py", "for place in range(PLACES):", "for place in range(0):", CLAIM),
+    Mutant("config.json is no part of a model", "megatron_plugin/data/claim.py", ', *model.glob("config.json")]', "]", CLAIM),
+    Mutant("records are scored one place off", T + "hf_scorer.py", "labels_NT[row, : length - 1] = sample.labels_T[1:]", "labels_NT[row, :length] = sample.labels_T", f"{REALIGNING} -k own_forward"),
+    Mutant("padding columns of the vocabulary are scored", T + "hf_scorer.py", ", vocab_size=self.vocab_size)", ")", f"{REALIGNING} -k own_forward"),
+    Mutant("torn scores end the command", T + "realign_scores.py", 'takewhile(lambda line: line.endswith("\\n"), file)', "file", f"{REALIGNING} -k taken_up"),
+    Mutant("scores of removed outcomes stay", T + "realigning.py", '(task.out / "scores.jsonl").unlink(missing_ok=True)', "pass", f"{REALIGNING} -k removed"),
     # hinted decoding
     Mutant("the hinted stream keeps its full weight in the mix", HINTED + "mixing.py", "(1 - share_N1) * logp_NV + share_N1", "logp_NV + share_N1", MIX),
     Mutant("lambda is that of the plain stream's entropy", HINTED + "mixing.py", "share_of_plain(logp_NV, options)\n    for", "share_of_plain(logq_NV, options)\n    for", MIX),

@@ -21,7 +21,7 @@ MUTANTS = [
     Mutant("parity: IcePop keeps what is above its band", "megatron_plugin/losses/mismatch.py", "(ratio_T < icepop_low) | (ratio_T > icepop_high)", "(ratio_T < icepop_low)", f"{TRL} -k token_mask"),
     Mutant("parity: an answer's weight is of its mean log-ratio", "megatron_plugin/losses/advantages.py", "float(log_ratio_T.sum().clamp(", "float(log_ratio_T.mean().clamp(", f"{TRL} -k sequence_"),
     Mutant("parity: CISPO's bound is clip_high itself", "megatron_plugin/losses/cispo.py", "clamp(min=1 - clip_low).clamp(max=1 + clip_high)", "clamp(min=1 - clip_low).clamp(max=clip_high)", f"{TRL} -k cispo"),
-    Mutant("parity: Dr. GRPO divides by tokens, not sequences", "megatron_plugin/parallel/normaliser.py", "per_token = torch.ones_like(out) / (source.constant * count.sequences)", "per_token = torch.ones_like(out) / (source.constant * count.tokens)", f"{TRL} -k dr_grpo"),
+    Mutant("parity: Dr. GRPO divides by tokens, not sequences", "megatron_plugin/parallel/normaliser.py", "/ (source.constant * sequences)", "/ (source.constant * sequence_tokens)", f"{TRL} -k dr_grpo"),
     Mutant("parity: the judge loses a NaN", "tests/parity/cell.py", "return math.inf if math.isnan(found) else found", "return found", f"{PARITY} -k difference"),
     Mutant("parity: a stale explanation passes", "tests/parity/cell.py", "elif cell.why and not apart > bounds[SHORT[cell.dtypes[0]]]:", "elif False:", f"{PARITY} -k explanation"),
 ]

@@ -41,4 +41,7 @@ MUTANTS = [
     Mutant("eval finds out about top_p from vLLM", T + "evaluating.py", "if not 0 < task.top_p <= 1:", "if False:", f"{EVAL} -k before_vllm"),
     Mutant("numbers.json holds NaN", T + "answer_numbers.py", "x if x is not None and math.isfinite(x) else None for", "x for", "tests/trainer/test_answer_numbers.py"),
     Mutant("a batch is sampled that nobody trains on", T + "rollouts.py", "return after >= config.train.steps or any(", "return any(", f"{ROLLOUTS} -k evaluation_waits"),
+    Mutant("an engine process whose parent is gone already is not ended", R + "watchdog.py", 'orphan = parent == 1 and owner != "1"', "orphan = False", f"{PROCESS} -k gone_already"),
+    Mutant("a server's context may be longer than the model's", R + "vllm_model.py", "if asked < 0 or (own and asked > own):", "if asked < 0:", f"{SERVE} -k longer"),
+    Mutant("a server's context is 32768 whatever the model's", R + "vllm_model.py", "min(LONGEST, own or LONGEST)", "LONGEST", f"{SERVE} -k none_is_asked"),
 ]

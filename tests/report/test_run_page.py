@@ -28,6 +28,19 @@ def test_the_page_of_a_run(tmp_path):
     assert page.count("data:image/png") == 2 and read_environment(tmp_path)["ranks"] == "4" and "<td>ranks</td>" in page
 
 
+def test_the_seconds_of_a_step_are_counted_once(tmp_path):
+    """perf/train_s holds the three that follow; what lies between steps is no part of them."""
+    more = {"perf/data_s": 0.05, "perf/forward_backward_s": 0.25, "perf/optimizer_s": 0.05, "perf/save_s": 0.2, "perf/evaluate_s": 1.0, "perf/mfu": 0.41, "perf/memory_gib": 71.5}
+    metrics_file(tmp_path, 10, **more)
+    page = write_run_page(tmp_path).read_text()
+    rows = {heading: tuple(cells) for heading, *cells in re.findall(r"<td>(.*?)</td>\n<td>([\d.]+)</td>\n<td>(\d+%)</td>", page)}
+    assert rows == {
+        "packing and making batches": ("0.5", "10%"), "forward and backward": ("2.5", "50%"), "gradient norm and optimizer": ("0.5", "10%"), "the rest": ("1.5", "30%"),
+        "between steps: checkpoints": ("2.0", "40%"), "between steps: evaluations": ("10.0", "200%"),
+    }  # fmt: skip
+    assert "<td>share of the devices' peak (MFU)</td>\n<td>0.41</td>" in page and "<td>memory of the fullest rank, GiB</td>\n<td>71.5</td>" in page
+
+
 def test_samples_are_those_of_the_last_steps(tmp_path):
     metrics_file(tmp_path, 10)
     rollouts_file(tmp_path, {"early?": [1.0]}, step=8)

@@ -130,6 +130,16 @@ def test_scores_that_were_cut_off_are_taken_up_again(go, tmp_path):
         assert (out / "scores.jsonl").read_bytes() == scores and (out / "realigned.jsonl").read_bytes() == whole
 
 
+def test_scores_of_outcomes_that_were_removed_are_removed(go, tmp_path):
+    go()
+    out = tmp_path / "out"
+    whole, scores = (out / "scores.jsonl").read_text(), (out / "scores.jsonl").read_text().replace('"cll": ', '"cll": 1')
+    (out / "outcomes.jsonl").unlink()
+    (out / "scores.jsonl").write_text(scores)
+    go()
+    assert (out / "scores.jsonl").read_text() == whole
+
+
 def test_a_run_cut_off_anywhere_goes_on_without_losing_or_doubling_a_line(go, tmp_path):
     go()
     out = tmp_path / "out"

@@ -51,7 +51,7 @@ def with_plugin(forward_step: Callable) -> Callable:
             made.append(with_loss(forward_step, **options_of(path)) if path else forward_step)
         return made[0](*args, **kwargs)
 
-    step.detach = lambda: made[0].detach() if made and made[0] is not forward_step else None
+    step.detach = lambda: made[0].detach() if made and made[0] is not forward_step else None  # type: ignore[attr-defined]
     return step
 
 

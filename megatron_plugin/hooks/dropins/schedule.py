@@ -60,13 +60,13 @@ def with_loss(forward_step: Callable, loss: Any, **options: Any) -> Callable:
         while handles:
             handles.popitem()[1].detach()
 
-    step.detach = detach
+    step.detach = detach  # type: ignore[attr-defined]
     return step
 
 
 def _reporting(loss_func: Callable, handle: Handle, output: Tensor, **options: Any) -> Any:
     """What `loss_func` returns, its report completed by our metrics as [sum, tokens] pairs."""
     returned = loss_func(output, **options)
-    if not (isinstance(returned, tuple) and isinstance(returned[-1], dict)):
+    if handle.output is None or not (isinstance(returned, tuple) and isinstance(returned[-1], dict)):
         return returned  # non-loss data
     return *returned[:-1], metric_pairs(handle.output) | returned[-1]

@@ -15,7 +15,7 @@ from megatron_plugin.ops import token_loss
 __all__ = ["loss_func"]
 
 
-def loss_func(loss: str | Callable | TokenLoss, **params: float | Tensor) -> Callable[..., Tensor]:
+def loss_func(loss: str | Callable | TokenLoss, **params: float | str | Tensor) -> Callable[..., Tensor]:
     """A compute_loss_func(outputs, labels, num_items_in_batch=None) -> 0-d loss for any loss that needs no inputs beside the labels.
 
     outputs.logits [b, s, V]; labels [b, s] as the collators make them: not shifted, -100 where there is no loss.  The sum over tokens is

@@ -20,7 +20,7 @@ from megatron_plugin.losses.contract import TokenInputs, TokenLoss, TokenStats
 __all__ = ["engine_loss", "policy_loss"]
 
 
-def policy_loss(loss: str | Callable | TokenLoss, **params: float | Tensor) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
+def policy_loss(loss: str | Callable | TokenLoss, **params: float | str | Tensor) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
     """For `verl.trainer.ppo.core_algos.register_policy_loss(name)`.
 
     All tensors are [b, s].  The loss finds advantage and old_logp in its inputs; rollout_is_weights multiply its terms, and verl's agg_loss
@@ -47,7 +47,7 @@ def policy_loss(loss: str | Callable | TokenLoss, **params: float | Tensor) -> C
     return compute
 
 
-def engine_loss(loss: str | Callable | TokenLoss, **params: float | Tensor) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
+def engine_loss(loss: str | Callable | TokenLoss, **params: float | str | Tensor) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
     """loss_function(config, model_output, data, dp_group=None) for verl's engines, normalised as verl's sft_loss: over the tokens of all
     data-parallel ranks and micro-batches (batch_num_tokens), times dp_size because the engine averages over ranks.
 
@@ -74,7 +74,8 @@ def engine_loss(loss: str | Callable | TokenLoss, **params: float | Tensor) -> C
 def _terms(loss: TokenLoss, logp: Tensor, entropy: Tensor | None, live: Tensor, inputs: TokenInputs) -> dict[str, Tensor]:
     """Loss, weight and metrics of every token, in the shape of logp, 0 where not live."""
     stats = TokenStats(*(torch.zeros_like(logp) if x is None else x.masked_fill(~live, 0.0) for x in (logp, entropy, None)))
-    inputs = TokenInputs(coefficient=live.float(), **{name: x.masked_fill(~live, 0.0) for name, x in inputs.tensors().items()})
+    given: dict[str, Any] = {name: x.masked_fill(~live, 0.0) for name, x in inputs.tensors().items()}
+    inputs = TokenInputs(coefficient=live.float(), **given)
     terms = loss(stats, inputs)
     found = {"loss": terms.loss} | ({} if terms.weight is None else {"weight": terms.weight}) | dict(terms.metrics)
     return {name: value.masked_fill(~live, 0.0) for name, value in found.items()}
@@ -83,6 +84,6 @@ def _terms(loss: TokenLoss, logp: Tensor, entropy: Tensor | None, live: Tensor, 
 def _reads_entropy(loss: TokenLoss, available: tuple[str, ...]) -> bool:
     """Found out by trying: without the entropy, are the terms still numbers?  ValueError for a loss that needs inputs not `available`."""
     logp, unknown = torch.tensor([-0.1, -2.0]), torch.full((2,), torch.nan)
-    values = {"advantage": torch.ones(2), "old_logp": logp}
+    values: dict[str, Any] = {"advantage": torch.ones(2), "old_logp": logp}
     terms = loss(TokenStats(logp, unknown, unknown), TokenInputs(coefficient=torch.ones(2), **{name: values[name] for name in available}))
     return not terms.loss.isfinite().all()

@@ -10,6 +10,17 @@ Public names are resolved on first use: what reads config.json imports no torch.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # _HOME again, for type checkers and editors, which do not run __getattr__
+    from megatron_plugin.hooks.weights.convert import export_hf as export_hf
+    from megatron_plugin.hooks.weights.convert import hf_tensors as hf_tensors
+    from megatron_plugin.hooks.weights.convert import import_hf as import_hf
+    from megatron_plugin.hooks.weights.errors import WeightsError as WeightsError
+    from megatron_plugin.hooks.weights.hf_config import ModelFields as ModelFields
+    from megatron_plugin.hooks.weights.hf_config import hf_config_of as hf_config_of
+    from megatron_plugin.hooks.weights.hf_config import read_hf_config as read_hf_config
+    from megatron_plugin.hooks.weights.hf_config import transformer_fields as transformer_fields
 
 _HOME = {
     "ModelFields": "hf_config",
@@ -24,7 +35,7 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'megatron_plugin.hooks.weights' has no attribute '{name}'; public names: {', '.join(__all__)}")
     return getattr(import_module(f"megatron_plugin.hooks.weights.{_HOME[name]}"), name)

@@ -109,7 +109,7 @@ def export_hf(
     writer = together(lambda: HFWriter(path, _sizes(order, dims, dtype), file_bytes) if leader else None)
     failures: list[OSError] = []  # a full disk: the others go on sending until all of it can be said to all
     for name, tensor in _tensors(models, dims, order, to=0):
-        if failures:
+        if failures or writer is None:  # the leader has one, and only it is given tensors
             continue
         try:
             writer.add(name, tensor.to(dtype or tensor.dtype))
@@ -117,6 +117,7 @@ def export_hf(
             failures.append(error)
 
     def finish() -> None:
+        assert writer is not None
         for error in failures:
             raise error
         for source in ([directory] if directory else []) + list(files_from):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -40,10 +40,12 @@ class Source:
 
 def together(check: Callable[[], T]) -> T:
     """What `check` returns; if it raises WeightsError or OSError on any rank, a WeightsError on every rank, so that none is left waiting."""
+    result: Any = None
+    failure: str | None = None
     try:
-        result, failure = check(), None
+        result = check()
     except (WeightsError, OSError) as error:
-        result, failure = None, str(error)
+        failure = str(error)
     said = [failure] * dist.get_world_size()
     dist.all_gather_object(said, failure)
     if first := next((text for text in said if text), None):
@@ -59,7 +61,7 @@ def on_any_rank(flag: bool) -> bool:
 
 def sources(mine: list[Parameter], dims: Dims) -> list[Source]:
     """Every parameter that whole tensors are made from, in the order of the Hugging Face names.  WeightsError when tensors would be missing."""
-    said = [None] * dist.get_world_size()
+    said: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(said, [(p.name, p.shard, p.shards, tuple(p.tensor.shape), p.tensor.dtype) for p in mine if p.is_first_replica])
     holders: dict[str, dict[int, int]] = {}
     about: dict[str, tuple] = {}
@@ -92,6 +94,7 @@ def assemble(order: list[Source], mine: dict[str, Tensor], dims: Dims, *, to: in
         for number, holder in enumerate(source.holders):
             shard = _move(source, mine[source.name].detach() if holder == rank else None, holder, to, device)
             for piece in pieces(rule, dims, number, source.shape) if receives else ():
+                assert shard is not None
                 piece.of_whole(whole[piece.part], rule).copy_(piece.of_shard(shard, rule))
         shard = None
         for part in rule.parts if receives else ():
@@ -108,6 +111,7 @@ def _move(source: Source, own: Tensor | None, holder: int, to: int | None, devic
         dist.broadcast(shard, src=holder)
         return shard
     if rank == holder:
+        assert own is not None
         dist.send(own.contiguous(), dst=to)
     elif rank == to:
         shard = torch.empty(source.shape, dtype=source.dtype, device=device)

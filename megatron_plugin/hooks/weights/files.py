@@ -49,7 +49,7 @@ class HFReader:
         if not files:
             raise WeightsError(f"{self.directory}: got no safetensors files, expected {SINGLE} or {INDEX}; convert .bin files with transformers' "
                                "save_pretrained")  # fmt: skip
-        found = {}
+        found: dict[str, Path] = {}
         for file in files:
             try:
                 with safe_open(file, framework="pt") as opened:
@@ -148,7 +148,8 @@ def copy_files(source: str | Path, target: str | Path, names: Sequence[str]) -> 
 
 
 def _groups(sizes: Mapping[str, int], file_bytes: int) -> list[list[str]]:
-    groups, used = [], 0
+    groups: list[list[str]] = []
+    used = 0
     for name, size in sizes.items():
         if not groups or used + size > file_bytes:
             groups.append([])

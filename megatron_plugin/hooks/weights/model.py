@@ -46,6 +46,7 @@ class Parameter:
 def bare_models(chunks: torch.nn.Module | Sequence[torch.nn.Module]) -> list[GPTModel]:
     """The GPTModels in what a trainer holds: one, or a list of virtual stages, bare or in DDP, Float16Module and the like."""
     found = []
+    chunk: Any
     for chunk in chunks if isinstance(chunks, Sequence) else [chunks]:
         while not isinstance(chunk, GPTModel) and hasattr(chunk, "module"):
             chunk = chunk.module

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from benchmarks.shapes import Shape
+from megatron_plugin.bench.shape import Shape
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 IGNORE = -100

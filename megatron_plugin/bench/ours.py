@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks._harness import NotMeasured, Run
-from benchmarks.cases import ENTROPY, LogitsCase, objective_sum
+from megatron_plugin.bench.cases import ENTROPY, LogitsCase, objective_sum
+from megatron_plugin.bench.harness import NotMeasured, Run
 
 
 def bound(objective: str):

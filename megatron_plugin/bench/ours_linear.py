@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks._harness import Contender, Run
-from benchmarks.cases import LinearCase, objective_sum
-from benchmarks.ours import bound, with_backend
-from benchmarks.shapes import ITEMSIZE
+from megatron_plugin.bench.cases import LinearCase, objective_sum
+from megatron_plugin.bench.harness import Contender, Run
+from megatron_plugin.bench.ours import bound, with_backend
+from megatron_plugin.bench.shape import ITEMSIZE
 
 
 def one_pass(objective: str, *, backend: str = "auto", **plan):

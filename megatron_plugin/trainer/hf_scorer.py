@@ -12,8 +12,12 @@ from megatron_plugin.config import ConfigError
 from megatron_plugin.data import IGNORE_INDEX, Sample
 from megatron_plugin.ops import token_stats
 from megatron_plugin.rollout.vllm_model import context_length
+from megatron_plugin.trainer.memory import OutOfMemoryError, is_out_of_memory
 
 __all__ = ["HFScorer"]
+
+TOKENS = 8192
+"""Of one forward pass, with the padding, where a sample alone is not longer: their logits are [TOKENS, V]."""
 
 
 class HFScorer:
@@ -37,10 +41,22 @@ class HFScorer:
         """(log p, entropy) of each, fp32 [T] on the CPU at the tokens' own places, nats; 0 where a token is not trained."""
         found: dict[int, tuple[Tensor, Tensor]] = {}
         order = sorted(range(len(samples)), key=lambda i: len(samples[i].tokens_T))  # alike in length: little padding
-        for start in range(0, len(order), self.rows):
-            places = order[start : start + self.rows]
-            found |= zip(places, self._forward([samples[i] for i in places]), strict=True)
+        while order:
+            longest = len(samples[order[-1]].tokens_T)
+            places = order[-max(1, min(self.rows, TOKENS // longest)) :]
+            del order[-len(places) :]
+            found |= zip(places, self._explained([samples[i] for i in places]), strict=True)
         return [found[i] for i in range(len(samples))]
+
+    def _explained(self, samples: Sequence[Sample]) -> list[tuple[Tensor, Tensor]]:
+        try:
+            return self._forward(samples)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            longest = max(len(sample.tokens_T) for sample in samples)
+            raise OutOfMemoryError(f"out of memory with {len(samples)} rows of up to {longest} tokens, {samples[0].source} among them: score with fewer --rows "
+                                   f"(realign: --no-score, and score its file), or a run directory under torchrun; torch: {str(error)[:200]}") from error  # fmt: skip
 
     @torch.inference_mode()
     def _forward(self, samples: Sequence[Sample]) -> list[tuple[Tensor, Tensor]]:

@@ -58,6 +58,7 @@ def train(config: Config) -> None:
                     loop.step()
             except Exception as error:
                 loop.leave_if_stopped(error)
+                log.close(failed=True)
                 raise
             finally:
                 loop.profile.close(run.step)

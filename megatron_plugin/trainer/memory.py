@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = ["OutOfMemoryError", "is_out_of_memory", "memory_explained", "state_bytes"]
 
+DEVICE = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Triton Error [CUDA]: out of memory", "Cuda failure 2 'out of memory'")
+"""What a RuntimeError says of device memory that torch's allocator did not hand out: cuBLAS, Triton and NCCL ask the driver themselves."""
 HOST = ("DefaultCPUAllocator", "can't allocate memory", "std::bad_alloc", "Cannot allocate memory")
 """What a RuntimeError says where the host's memory is meant."""
 
@@ -34,7 +36,13 @@ class OutOfMemoryError(RuntimeError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device's or the host's memory is what `error` is about."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in HOST))
+    if getattr(error, "exit_code", None) is not None:
+        return False  # an error of ours, whose text may hold what another process said: an engine's log
+    return _of_device(error) or isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in HOST))
+
+
+def _of_device(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in DEVICE))
 
 
 @contextlib.contextmanager
@@ -43,7 +51,7 @@ def memory_explained(config: Config, doing: Callable[[], str], *, run: Run | Non
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise OutOfMemoryError(_text(config, doing(), run, error)) from error
 
@@ -60,6 +68,8 @@ def _optimizer_bytes(optimizer: Any) -> int:
     total = 0
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = getattr(part, "optimizer", part)
+        if inner is None:  # megatron-core's stub of a rank without parameters
+            continue
         total += sum(_bytes(x) for state in inner.state.values() for x in state.values() if isinstance(x, torch.Tensor) and x.dim())
         copies = getattr(part, "fp32_from_float16_groups", None) or getattr(part, "shard_fp32_from_float16_groups", None) or []
         total += sum(_bytes(x) for group in copies for x in group if x is not None)
@@ -71,7 +81,7 @@ def _bytes(x: torch.Tensor) -> int:
 
 
 def _text(config: Config, doing: str, run: Run | None, error: BaseException) -> str:
-    cuda = isinstance(error, torch.OutOfMemoryError)
+    cuda = _of_device(error)
     place = f"GPU {torch.cuda.get_device_name()}" if cuda and torch.cuda.is_available() else "GPU" if cuda else "host"
     sizes = [f"{config.train.micro_batch} rows of {config.data.seq_length} tokens a forward pass"]
     if run is not None:
@@ -89,7 +99,8 @@ def _knobs(config: Config, *, cuda: bool) -> list[str]:
     replicas = config.data_parallel(ranks)
     found = []
     if train.micro_batch > 1:
-        found.append(f"train.micro_batch={train.micro_batch // 2}: the same step in more forward passes")
+        fewer = max(n for n in range(1, train.micro_batch) if train.micro_batch % n == 0)  # of which train.global_batch is a multiple, too
+        found.append(f"train.micro_batch={fewer}: the same step in more forward passes")
     if replicas > 1 and not parallel.distributed_optimizer:
         found.append(f"parallel.distributed_optimizer=true: the optimizer's state over the {replicas} data-parallel ranks")
     if cuda and not config.model.get("recompute_granularity"):  # megatron-core's checkpointing keeps CUDA's random numbers
@@ -98,7 +109,8 @@ def _knobs(config: Config, *, cuda: bool) -> list[str]:
         found.append("train.dtype=bf16: half the activations")
     found.append(f"parallel.tensor={parallel.tensor * 2} or parallel.pipeline={parallel.pipeline * 2}, with as many more ranks: weights, gradients and optimizer "
                  f"over them; parallel.context={parallel.context * 2} for the activations of long rows; parallel.sequence=true beside parallel.tensor")  # fmt: skip
-    found.append(f"data.seq_length={length // 2}, with data.overlong=drop if samples are longer: rows are packed, so this only cuts the longest")
+    shared = 2 * parallel.context * parallel.tensor  # ranks that share a row's tokens: both halves of a causal row, and sequence parallelism
+    found.append(f"data.seq_length={max(length // 2 // shared, 1) * shared}, with data.overlong=drop if samples are longer: rows are packed, so this only cuts the longest")
     if config.rollout is not None and config.rollout.engine == "vllm":
         found.append("rollout.memory lower, or rollout.sleep=true: the engine is on the same devices")
     if cuda:

@@ -53,7 +53,7 @@ class RunLog:
         run_dir = Path(run_dir)
         # A run killed after its last checkpoint has logged steps it will now do again
         kept = [line for line in read_metrics(run_dir) if line["step"] <= resumed_at]
-        self._path, self.failed = run_dir / "metrics.jsonl", 0
+        self._path, self.failed, self._closed = run_dir / "metrics.jsonl", 0, False
         write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
         self._board: SummaryWriter | None = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_at + 1)
         self._console, self._clock, self._trackers = _terminal(), Clock(), trackers()
@@ -79,10 +79,12 @@ class RunLog:
         if show:
             self._show(step, metrics)
 
-    def close(self) -> None:
-        if self.leader:
+    def close(self, *, failed: bool = False) -> None:
+        """Everything is passed on, or counted as lost.  A second call does nothing."""
+        if self.leader and not self._closed:
+            self._closed = True
             self._to_board(lambda board: board.close())
-            close_all(self._trackers)
+            close_all(self._trackers, failed=failed)
             self._tell_news()
 
     def _show(self, step: int, metrics: dict[str, float]) -> None:

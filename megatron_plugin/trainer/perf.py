@@ -51,7 +51,7 @@ class Utilisation:
         """model_config: the TransformerConfig of the run.  peak_tflops: of one device; 0: by its name."""
         self.sizes, self.length = GPTSizes.of(model_config, vocabulary), length
         self.peak = peak_tflops * 1e12 or None
-        if self.peak is None and torch.cuda.is_available():
+        if self.peak is None and torch.cuda.is_available() and not getattr(model_config, "fp8", None):  # fp8's products have another peak than the rest
             tf32 = torch.get_float32_matmul_precision() != "highest"
             self.peak = peak_flops(torch.cuda.get_device_name(), model_config.params_dtype, tf32=tf32)
 

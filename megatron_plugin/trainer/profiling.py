@@ -52,12 +52,13 @@ class ProfileWindow:
         if self._profile is None:
             return
         profile, self._profile = self._profile, None
-        profile.stop()
+        step = max(step, self._began)  # the first one of them may have failed
         try:
+            profile.stop()
             path = self._free(step)
             profile.export_chrome_trace(str(path))
-            log.info("profile of steps %d to %d: %s", self._began, step, path)
-        except (OSError, RuntimeError) as error:
+            log.warning("profile of steps %d to %d: %s", self._began, step, path)
+        except Exception as error:  # of a device that has failed, too: not what the run ends for
             log.warning("the profile of steps %d to %d cannot be written: %s", self._began, step, error)
 
     def _free(self, step: int) -> Path:

@@ -33,6 +33,8 @@ WAITING = 1000
 AGAIN_S = 60.0
 CLOSE_S = 30.0
 """Seconds that the end of a run, also after SIGTERM, waits for what all services together have not taken yet."""
+FAILED_S = 5.0
+"""The same where the run has failed: the other ranks wait for its error."""
 LOGIN = re.compile(r"(//)[^/\s@]+@")
 
 
@@ -41,7 +43,7 @@ class Service(Protocol):
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
-    def finish(self) -> None: ...
+    def finish(self, *, failed: bool) -> None: ...
 
 
 class Tracker:
@@ -51,7 +53,7 @@ class Tracker:
         """start: opens the run at the service, in the thread."""
         self.name, self.failed = name, 0
         self._start, self._service, self._tried = start, None, -math.inf
-        self._problem, self._said = "", False
+        self._problem, self._said, self._run_failed = "", False, False
         self._steps: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(WAITING)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)  # daemon: a service that hangs must not keep the job
         self._thread.start()
@@ -71,8 +73,9 @@ class Tracker:
         self._said = True
         return f"{self.name}: {self._problem}; training goes on, metrics.jsonl has everything, log/{self.name}_failed counts the steps that {self.name} does not have"
 
-    def end(self) -> None:
-        """No more steps will come."""
+    def end(self, *, failed: bool) -> None:
+        """No more steps will come.  failed: the run ends with an error."""
+        self._run_failed = failed
         with contextlib.suppress(queue.Full):
             self._steps.put_nowait(None)
 
@@ -80,7 +83,7 @@ class Tracker:
         """For what is on its way, after `end`; `until` a time of time.monotonic."""
         self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
-            self._fail(f"{self._steps.qsize()} steps were not taken within {CLOSE_S:g} s of the end")
+            self._fail(f"{self._steps.qsize()} steps were not taken in time at the end", steps=self._steps.qsize())
 
     def _run(self) -> None:
         while (item := self._steps.get()) is not None:
@@ -93,7 +96,7 @@ class Tracker:
                 self._fail(_one_line(error))
         try:
             if self._service is not None:
-                self._service.finish()
+                self._service.finish(failed=self._run_failed)
         except Exception as error:
             self._fail(_one_line(error), steps=0)
 
@@ -108,11 +111,11 @@ class Tracker:
         self._problem = self._problem or problem
 
 
-def close_all(trackers: Sequence[Tracker]) -> None:
-    """The end of a run: waits for all of them, CLOSE_S at most."""
+def close_all(trackers: Sequence[Tracker], *, failed: bool = False) -> None:
+    """The end of a run: waits for all of them, CLOSE_S at most (FAILED_S)."""
     for tracker in trackers:
-        tracker.end()
-    until = time.monotonic() + CLOSE_S
+        tracker.end(failed=failed)
+    until = time.monotonic() + (FAILED_S if failed else CLOSE_S)
     for tracker in trackers:
         tracker.wait(until)
 
@@ -129,6 +132,7 @@ def trackers_of(config: Config) -> list[Tracker]:
 
 class _Wandb:
     def __init__(self, config: Config):
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else its own crashes are reported to its makers
         import wandb
 
         if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):  # a question nobody answers would hold it up
@@ -146,8 +150,8 @@ class _Wandb:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log({"step": step, **metrics})
 
-    def finish(self) -> None:
-        self._run.finish()
+    def finish(self, *, failed: bool) -> None:
+        self._run.finish(exit_code=int(failed))
 
 
 class _MLflow:
@@ -155,7 +159,9 @@ class _MLflow:
         address = config.log.mlflow
         if "://" not in address or address.startswith("file:"):
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # since 3.12 MLflow asks whether a directory is meant
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         from mlflow import MlflowClient
+        from mlflow.entities import Param
 
         self._client = MlflowClient(tracking_uri=address)
         self._id = _known(config, "mlflow", address)
@@ -166,9 +172,8 @@ class _MLflow:
         found = self._client.get_experiment_by_name(name)
         experiment = found.experiment_id if found else self._client.create_experiment(name)
         self._id = self._client.create_run(experiment, run_name=_name(config)).info.run_id
+        self._client.log_batch(self._id, params=[Param(key, str(value)[:500]) for key, value in _flat(config).items()])
         _remember(config, "mlflow", address, self._id)
-        for key, value in _flat(config).items():
-            self._client.log_param(self._id, key, str(value)[:500])
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
@@ -176,8 +181,8 @@ class _MLflow:
         now = int(time.time() * 1000)
         self._client.log_batch(self._id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()])
 
-    def finish(self) -> None:
-        self._client.set_terminated(self._id)
+    def finish(self, *, failed: bool) -> None:
+        self._client.set_terminated(self._id, "FAILED" if failed else "FINISHED")
 
 
 def _name(config: Config) -> str:

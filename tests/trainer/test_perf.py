@@ -8,7 +8,8 @@ import torch
 
 from megatron_plugin.config import load_config
 from megatron_plugin.report.lines import read_metrics
-from megatron_plugin.trainer import perf, profiling
+from megatron_plugin.rollout.engine import EngineLostError
+from megatron_plugin.trainer import memory, perf, profiling
 from megatron_plugin.trainer.flops import GPTSizes
 from megatron_plugin.trainer.memory import is_out_of_memory
 from tests.spawn import on_ranks
@@ -126,7 +127,28 @@ def test_out_of_memory_says_where_how_much_and_what_to_do(how, problems, tmp_pat
 
 @pytest.mark.parametrize("error, is_memory", [
     (torch.OutOfMemoryError("CUDA out of memory"), True), (MemoryError(), True), (RuntimeError("std::bad_alloc"), True), (RuntimeError("shape mismatch"), False),
-    (ValueError("can't allocate memory"), False), (OSError(12, "Cannot allocate memory"), False),
+    (ValueError("can't allocate memory"), False), (OSError(12, "Cannot allocate memory"), False), (RuntimeError("CUDA error: out of memory"), True),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), True), (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+    (RuntimeError("NCCL error: Cuda failure 2 'out of memory'"), True), (EngineLostError("vLLM ended: RuntimeError: DefaultCPUAllocator: not enough memory"), False),
 ])  # fmt: skip
 def test_what_counts_as_out_of_memory(error, is_memory):
     assert is_out_of_memory(error) == is_memory
+
+
+def test_a_trace_that_cannot_be_ended_is_not_why_a_run_ends(tmp_path, caplog):
+    class Broken:
+        def stop(self):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    window = profiling.ProfileWindow.__new__(profiling.ProfileWindow)
+    window._profile, window._began, window._folder = Broken(), 3, tmp_path / "profile"
+    window.close(2)
+    assert "the profile of steps 3 to 3 cannot be written" in caplog.text and "illegal memory access" in caplog.text
+
+
+@pytest.mark.parametrize("micro, fewer", [(8, 4), (5, 1), (6, 3), (2, 1)])
+def test_fewer_rows_still_divide_the_step(micro, fewer, monkeypatch):
+    monkeypatch.setattr(memory.dist, "get_world_size", lambda: 1)
+    config = load_config("configs/debug_cpu.yaml", [f"train.micro_batch={micro}", f"train.global_batch={3 * micro}"])
+    assert memory._knobs(config, cuda=False)[0].startswith(f"train.micro_batch={fewer}:")
+    load_config("configs/debug_cpu.yaml", [f"train.micro_batch={fewer}", f"train.global_batch={3 * micro}"])

@@ -16,7 +16,7 @@ from megatron_plugin import cli
 from megatron_plugin.data import ConversationEncoder, load_tokenizer, parse_line, read_conversations, train_tokenizer, true_vocab_size
 from megatron_plugin.hooks.weights.files import HFReader
 from megatron_plugin.rollout.engine import EngineLostError
-from megatron_plugin.trainer import hf_engine, realigning
+from megatron_plugin.trainer import hf_engine, hf_scorer, realigning
 from megatron_plugin.trainer.realign_summary import Ticker
 from tests.rollout.scripted import Scripted
 from tests.rollout.vllm_models import make_model, weights_of
@@ -118,6 +118,26 @@ def test_the_scores_are_those_of_the_models_own_forward(go, model_dir, tmp_path,
     assert "by transformers" not in capsys.readouterr().out and (tmp_path / "out" / "realigned.jsonl").read_text("utf-8").splitlines() == kept
     shutil.rmtree(tmp_path / "out")
     assert go("--no-score")[0] == 0 and "mean cll" not in capsys.readouterr().out and not (tmp_path / "out" / "scores.jsonl").exists()
+
+
+def test_scores_do_not_depend_on_how_many_rows_go_together(go, tmp_path, monkeypatch, capsys):
+    go()
+    kept = [json.loads(line) for line in (tmp_path / "out" / "realigned.jsonl").read_text("utf-8").splitlines()]
+    longest = max(record["tokens"] for record in kept)
+    monkeypatch.setattr(hf_scorer, "TOKENS", longest)  # each alone
+    shutil.rmtree(tmp_path / "out")
+    go()
+    for ours, theirs in zip(map(json.loads, (tmp_path / "out" / "realigned.jsonl").read_text("utf-8").splitlines()), kept, strict=True):
+        assert all(ours[name] == pytest.approx(theirs[name], abs=2e-6) for name in SCORES)
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.  Tried to allocate 80 GiB")
+
+    monkeypatch.setattr(hf_scorer.HFScorer, "_forward", full)
+    (tmp_path / "out" / "scores.jsonl").unlink()
+    assert go()[0] == 12
+    said = capsys.readouterr().err
+    assert "realign: --no-score" in said and "Traceback" not in said
 
 
 def test_scores_that_were_cut_off_are_taken_up_again(go, tmp_path):

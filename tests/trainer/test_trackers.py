@@ -28,8 +28,8 @@ class Service:
             raise ConnectionError("https://me:secret@host: gone\nand more")
         self.got.append((step, metrics))
 
-    def finish(self):
-        self.finished = True
+    def finish(self, *, failed):
+        self.finished, self.failed = True, failed
 
 
 def test_every_step_arrives_and_what_is_not_a_number_does_not(tmp_path):
@@ -88,6 +88,16 @@ def test_a_service_that_hangs_holds_nothing_up(monkeypatch):
     close_all([tracker])
     assert time.perf_counter() - begin < 1 and tracker.failed >= 16 and "3 steps wait for it" in tracker.news()
     hung.set()
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_service_learns_how_the_run_ended_and_once(tmp_path, failed):
+    service = Service()
+    log = RunLog(tmp_path, steps=3, resumed_at=0, leader=True, trackers=lambda: [Tracker("wandb", lambda: service)])
+    log.step(1, {"train/loss": 1.0}, show=False)
+    log.close(failed=failed)
+    log.close()
+    assert service.finished and service.failed is failed and len(service.got) == 1
 
 
 @pytest.mark.parametrize("override, wrong", [
@@ -153,6 +163,7 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
     files = sorted((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
     assert [path.name for path in files] == [f"run-{number}.wandb"] * 2, "one run at the service, in two parts"
     texts = [path.read_bytes() for path in files]
+    assert os.environ["WANDB_ERROR_REPORTING"] == "false"
     assert all(b"train/loss" in text and b"somewhere" in text and b"train.micro_batch" in text for text in texts)
 
 
@@ -167,4 +178,5 @@ def test_mlflow_in_a_directory(tmp_path, monkeypatch):
     client, number = MlflowClient(tracking_uri=f"{tmp_path}/kept"), json.loads((tmp_path / "run/trackers.json").read_text())["mlflow"]["id"]
     (run,) = client.search_runs([client.get_experiment_by_name("megatron-plugin").experiment_id])
     assert run.info.run_id == number and run.info.run_name == "first" and run.info.status == "FINISHED" and run.data.params["train.micro_batch"] == "2"
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true" and len(run.data.params) > 60
     assert [(m.step, m.value) for m in client.get_metric_history(number, "train/loss")] == [(1, 1.0), (2, 0.5), (3, 1 / 3)]

@@ -9,6 +9,9 @@ from megatron_plugin.cli.arguments import UsageError
 
 __all__ = ["add_plot", "add_report"]
 
+PICTURES = (".png", ".svg", ".pdf")
+"""What matplotlib can draw without a screen."""
+
 
 def add_report(commands) -> None:
     text = ("Write RUN_DIR/report.html: curves, probabilities, evaluations, timing, best and worst samples, environment and configuration of a run in "
@@ -45,6 +48,9 @@ def _plot(arguments: argparse.Namespace) -> None:
         if label in runs:
             raise UsageError(f"got two runs called {label}, expected different names: LABEL={path}")
         runs[label] = path
+    out = Path(arguments.out)
+    if out.suffix.lower() not in PICTURES or not out.parent.is_dir():
+        raise UsageError(f"--out: got {out}, expected a file that ends in {' or '.join(PICTURES)}, in a directory that exists")
     from megatron_plugin.report.plots import plot_curves
 
     plot_curves(runs, arguments.out)

@@ -24,8 +24,9 @@ class DataError(ValueError):
 
     @property
     def kind(self) -> str:
-        """The reason without what is this line's own, to count by: "messages[N].role is wrong"."""
-        return re.sub(r"\d+", "N", self.reason.partition(" (")[0].partition(": ")[0].partition(", expected")[0])
+        """The reason without what is this line's own, to count by: "messages[*].role is wrong"."""
+        text = self.reason.partition(" (")[0].partition(": ")[0].partition(", expected")[0]
+        return re.sub(r"(?<![\w-])\d+", "N", re.sub(r"\[\d+\]", "[*]", text))  # not the 8 of UTF-8
 
 
 def some_of(values: Sequence[object], most: int = 8) -> str:

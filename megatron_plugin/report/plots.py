@@ -49,7 +49,7 @@ def plot_curves(runs: Mapping[str, str | Path], png: str | Path, *, title: str =
         axis.set_title(heading)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        if axis.lines:
+        if len(axis.lines) > 1:
             axis.legend(fontsize=7, framealpha=0.3)
     figure.suptitle(title)
     figure.savefig(png, dpi=110)

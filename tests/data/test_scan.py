@@ -46,8 +46,8 @@ def test_bad_lines_are_counted_beyond_those_shown(tmp_path):
 
 def test_reasons_are_counted_without_what_is_the_lines_own():
     kinds = {
-        "messages[13].role is wrong (got 'a', expected one of user)": "messages[N].role is wrong", "not valid JSON: Extra data at character 5": "not valid JSON",
-        "messages[0].content holds the tokenizer's control token '<|x|>' at character 7, expected plain text": "messages[N].content holds the tokenizer's "
+        "messages[13].role is wrong (got 'a', expected one of user)": "messages[*].role is wrong", "not valid JSON: Extra data at character 5": "not valid JSON",
+        "messages[0].content holds the tokenizer's control token '<|x|>' at character 7, expected plain text": "messages[*].content holds the tokenizer's "
         "control token '<|x|>' at character N",
     }  # fmt: skip
     bad = BadLines("skip", 1.0)

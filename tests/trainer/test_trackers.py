@@ -162,6 +162,9 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch):
     number = json.loads((tmp_path / "run/trackers.json").read_text())["wandb"]["id"]
     files = sorted((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
     assert [path.name for path in files] == [f"run-{number}.wandb"] * 2, "one run at the service, in two parts"
+    deadline = time.monotonic() + 20
+    while min(path.stat().st_size for path in files) < 1000 and time.monotonic() < deadline:
+        time.sleep(0.05)  # W&B's own process writes them, also after finish() has returned
     texts = [path.read_bytes() for path in files]
     assert os.environ["WANDB_ERROR_REPORTING"] == "false"
     assert all(b"train/loss" in text and b"somewhere" in text and b"train.micro_batch" in text for text in texts)

@@ -15,10 +15,11 @@ What must happen in the end follows from the gradients.  With expert probabiliti
 which `destination` computes and tests/test_dynamics.py holds against a run.
 
 Rule, over seeds; H: mean entropy over contexts, nats.  change: H(end) - H(start) on the expert alone; in the mixture (mu = 0.1) the mean over the run
-of H minus that of RL only, which lowers entropy by itself.  RL only has the share 1 - mu, too: a first run gave it the whole, and all mixtures, whose RL
+of H (trapezoids: the steps noted are not evenly spaced) minus that of RL only, which lowers entropy by itself: not whether entropy rises, which it does
+under no arm, but what the expert adds.  RL only has the share 1 - mu, too: a first run gave it the whole, and all mixtures, whose RL
 is then weaker, seemed to keep entropy (is: +0.016 +- 0.001).
-    none rises              change of none
-    is collapses            -(change of is)
+    none rises (mixed: stays above RL only)           change of none
+    is collapses (mixed: falls below RL only)         -(change of is)
     phi is between          min(|change of none|, |change of is|) - |change of phi|
     phi keeps the entropy   min(|change of none|, |change of is|) / 3 - |change of phi|
 Control of the expert alone: off = 0, where plain SFT has no gradient at all.  The contexts are as sure as a language model's: 0.7 nats on average.
@@ -27,12 +28,14 @@ Control of the expert alone: off = 0, where plain SFT has no gradient at all.  T
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.dynamics.study import Claim, Found, Record, Study, main, plot_curves
+from benchmarks.dynamics.draw import minus, plot_curves
+from benchmarks.dynamics.study import Claim, Found, Record, Study, main
 from megatron_plugin import TokenInputs, bind, token_loss
 
 WEIGHTS = {"none": "mu", "is": "is", "phi": "phi"}  # arm -> preset of loss chord: the weight of its expert tokens
@@ -142,34 +145,44 @@ def run(arm: str, seed: int, settings: Settings, runs: Path) -> Record:
     return {"end": end, "curve": {"entropy": curve, "reward": right}}
 
 
+def mean_over_run(curve: list[list[float]]) -> float:
+    """By trapezoids."""
+    area = sum((b - a) * (x + y) / 2 for (a, x), (b, y) in pairwise(curve))
+    return area / (curve[-1][0] - curve[0][0])
+
+
 def change(found: Found, arm: str) -> list[float]:
     if arm.startswith("rl_"):
-        means = ([sum(h for _, h in record["curve"]["entropy"]) / len(record["curve"]["entropy"]) for record in found[x]] for x in (arm, "rl_only"))
+        means = ([mean_over_run(record["curve"]["entropy"]) for record in found[x]] for x in (arm, "rl_only"))
         return [with_expert - alone for with_expert, alone in zip(*means, strict=True)]
     return [record["end"]["end"] - record["end"]["start"] for record in found[arm]]
 
 
 def claims(found: Found) -> list[Claim]:
     made = []
-    for prefix, where in (("", "the expert alone"), ("rl_", "mixed with RL")):
+    for prefix, where, of in (("", "the expert alone", "H at the end - at the start, {}"), ("rl_", "mixed with RL", "mean over the run of H, {} - RL only")):
+        rises, falls = ("rises", "collapses") if not prefix else ("stays above that of RL alone", "falls below that of RL alone")
         none, important, phi = (change(found, prefix + arm) for arm in WEIGHTS)
         smaller = [(min(abs(a), abs(b)), abs(c)) for a, b, c in zip(none, important, phi, strict=True)]
         made += [
-            Claim(f"{where}: entropy rises without importance sampling", "change of none", none),
-            Claim(f"{where}: entropy collapses with importance sampling (DFT)", "minus the change of is", [-x for x in important]),
-            Claim(f"{where}: phi is between the two", "the smaller of their changes - that of phi", [least - own for least, own in smaller]),
-            Claim(f"{where}: phi keeps the entropy", "a third of the smaller of their changes - that of phi", [least / 3 - own for least, own in smaller]),
+            Claim(f"{where}: entropy {rises} without importance sampling", of.format("none"), none),
+            Claim(f"{where}: entropy {falls} with importance sampling (DFT)", "minus: " + of.format("is"), [-x for x in important]),
+            Claim(f"{where}: phi is between the two", "the smaller size of these two - that of phi", [least - own for least, own in smaller]),
+            Claim(f"{where}: phi keeps the entropy", "a third of the smaller - that of phi", [least / 3 - own for least, own in smaller]),
         ]
     return made
 
 
 def figure(canvas, found: Found) -> None:
     left, right, reward = canvas.subplots(1, 3)
-    plot_curves(left, found, "entropy", arms=EXPERT_ONLY, title="expert alone: entropy, nats")
-    plot_curves(right, found, "entropy", arms=MIXED, title="mixed with RL: entropy, nats")
-    plot_curves(reward, found, "reward", arms=MIXED, title="mixed with RL: reward")
+    plot_curves(left, found, "entropy", arms=EXPERT_ONLY, unit="nats, mean of the contexts", title="expert alone: entropy")
+    lessened, mixed = minus(found, "rl_only"), [arm for arm in MIXED if arm != "rl_only"]
+    plot_curves(right, lessened, "entropy", arms=mixed, unit="nats (linear within 0.01)", title="mixed with RL: entropy - that of RL only")
+    plot_curves(reward, lessened, "reward", arms=mixed, unit="expected reward (linear within 0.001)", title="mixed with RL: reward - that of RL only")
     for axis in (left, right, reward):
         axis.set_xscale("symlog", linthresh=10)
+    right.set_yscale("symlog", linthresh=0.01)
+    reward.set_yscale("symlog", linthresh=0.001)
 
 
 STUDY = Study(

@@ -16,7 +16,7 @@ Rule, over seeds; accuracies are of one sampled answer to each of 200 held-out p
     IDFT above DFT        accuracy of IDFT - of DFT, in distribution
     facts                 accuracy of SFT - of DFT
     bimodal               over the tokens of the training data: share with p in [0.1, 0.9] under the base - under DFT; share with p < 0.1 under DFT -
-                          under SFT; share with p > 0.9 under DFT - under the base
+                          under SFT (that it does not fall as under SFT, not that it grows); share with p > 0.9 under DFT - under the base
 Control: `base`, not trained at all.
 """
 
@@ -31,9 +31,10 @@ import torch
 
 from benchmarks.dynamics.base import STEPS, base, held_out
 from benchmarks.dynamics.columns import VOCABULARY, Facts, draw_problems, expert_style, letters
+from benchmarks.dynamics.draw import plot_curves
 from benchmarks.dynamics.learn import Part, Trainer, demonstrations, evaluate, expert_statistics, passes
 from benchmarks.dynamics.model import Size, TinyLlama
-from benchmarks.dynamics.study import Claim, Found, Record, Study, main, plot_curves
+from benchmarks.dynamics.study import Claim, Found, Record, Study, main
 from megatron_plugin import bind
 
 METHODS = ("sft", "dft", "chord_phi", "idft")
@@ -137,15 +138,16 @@ def claims(found: Found) -> list[Claim]:
 
 def figure(canvas, found: Found) -> None:
     style, facts, histogram = canvas.subplots(1, 3)
-    plot_curves(style, found, "accuracy", arms=[arm for arm in ARMS if arm.startswith("style")], title="style: held-out accuracy, sampled")
-    plot_curves(facts, found, "accuracy", arms=[arm for arm in ARMS if arm.startswith("facts")], title="facts: accuracy, sampled")
+    plot_curves(style, found, "accuracy", arms=[arm for arm in ARMS if arm.startswith("style")], unit="share right, one sample each", title="style: held-out accuracy")
+    plot_curves(facts, found, "accuracy", arms=[arm for arm in ARMS if arm.startswith("facts")], unit="share right, one sample each", title="facts: accuracy")
     for colour, (arm, records) in enumerate(found.items()):
         if arm == "base" or arm.startswith("style"):
             mean = torch.tensor([record["histogram"] for record in records]).mean(0)
             histogram.stairs(mean, torch.linspace(0, 1, BINS + 1), color=f"C{colour}", label=arm.replace("_", " "))
     histogram.set_yscale("log")
-    histogram.set_title("style: p of the training data's tokens")
-    histogram.set_xlabel("probability")
+    histogram.set_title("style: p of the training tokens; mean of seeds", fontsize=10)
+    histogram.set_xlabel("probability of the token")
+    histogram.set_ylabel(f"share of the tokens, {BINS} bins (log)")
     histogram.legend(fontsize=7)
 
 
@@ -153,7 +155,7 @@ STUDY = Study(
     "dft_generalise", "c. DFT, CHORD-phi, IDFT and SFT: held-out accuracy, facts, token probabilities", SETTINGS, TINY, ARMS, run, claims,
     {"id": "held out", "id_greedy": "greedy", "ood": "out of distribution", "ood_greedy": "greedy", "entropy": "entropy", "nll": "NLL held out",
      "nll_letters": "of letters", "p_low": "p < 0.1", "p_middle": "0.1 to 0.9", "p_high": "p > 0.9"},
-    figure, control="`base`: not trained",
+    figure, height=4.4, control="`base`: not trained", seeds=(0, 1, 2, 3, 4),
 )  # fmt: skip
 
 if __name__ == "__main__":

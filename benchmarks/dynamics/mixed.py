@@ -1,12 +1,14 @@
 """Demonstrations and rollouts in one run: the loop of studies b and d.  P prompts, GROUP answers to each.
 
 A run has `sft_first` supervised steps, then `steps` mixed ones.  Every mixed step draws its rollouts from the current model and makes one update, so the
-ratio is 1 (strictly on-policy, as CHORD has it).  SRFT answers the questions of its demonstrations, the others questions of their own.
+ratio is 1 (strictly on-policy, as CHORD has it).  SRFT answers the questions of its demonstrations (200 additions); the others answer new additions and
+subtractions in every step.
 """
 
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +23,10 @@ from benchmarks.dynamics.study import Record
 from megatron_plugin import TokenLoss, bind
 from megatron_plugin.losses.advantages import augmented_advantages
 
-__all__ = ["MixedSettings", "TINY", "Way", "learn"]
+__all__ = ["MixedSettings", "SAMPLINGS", "TINY", "Way", "learn", "untouched"]
+
+SAMPLINGS = 12
+"""Of the base model, whose reward everything else is measured from: one sampling of 200 answers has a standard deviation of 0.03."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +103,9 @@ class Run:
             self.curve[name].append([step, value])
 
     def end(self) -> dict[str, float]:
-        reward = [value for _, value in self.curve["reward"]]
         return {
             "reward": evaluate(self.model, self.plus, seed=1).right, "greedy": evaluate(self.model, self.plus, seed=None).right,
-            "minus": evaluate(self.model, self.minus, seed=1).right, "lowest": min(reward), "start": reward[0],
+            "minus": evaluate(self.model, self.minus, seed=1).right,
             "entropy": self.curve["entropy"][-1][1], "length": self.curve["length"][-1][1], "letters": self.curve["letters"][-1][1],
             "nll": self.curve["nll"][-1][1],
         }  # fmt: skip
@@ -130,6 +134,14 @@ def learn(way: Way, seed: int, settings: MixedSettings, runs: Path) -> Record:
         if step == last or step % (settings.every * (2 if way.mixed == 0 else 1)) == 0:
             run.note(step)
     return {"end": run.end(), "curve": run.curve}
+
+
+def untouched(seed: int, settings: MixedSettings, runs: Path) -> Record:
+    """The base model's record: its reward is the mean of SAMPLINGS samplings, none of which any curve shares."""
+    run = Run(base(seed, settings.base_steps, runs=runs, size=settings.size), seed, settings)
+    rewards = [evaluate(run.model, run.plus, seed=1000 + i).right for i in range(SAMPLINGS)]
+    greedy, minus = evaluate(run.model, run.plus, seed=None).right, evaluate(run.model, run.minus, seed=1).right
+    return {"end": {"reward": statistics.mean(rewards), "greedy": greedy, "minus": minus}, "curve": {}, "samplings": rewards}
 
 
 def chord_parts(run: Run, mu: float, few: Iterator[list[Demo]], generator: torch.Generator, rng: random.Random) -> list[Part]:

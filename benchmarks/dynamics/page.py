@@ -39,10 +39,26 @@ def section(document: dict[str, Any], picture: str = "") -> str:
     lines += ["", f"Control: {document['control']}.", *document["notes"], ""]
     if picture:
         lines += [f"![{document['title']}]({picture})", ""]
-    state = ", uncommitted changes" if header["dirty"] else ""
     lines += [f"`{header['command']} --seeds {' '.join(map(str, document['seeds']))}`: {document['seconds']:.0f} s of one core "
-              f"({header['cpu'].split('(')[0].strip()}), commit {header['commit']}{state}, {header['date']}.", ""]  # fmt: skip
+              f"({header['cpu'].split('(')[0].strip()}), code {document['code']}.  {makers(document)}", ""]  # fmt: skip
     return "\n".join(lines)
+
+
+def makers(document: dict[str, Any]) -> str:
+    """Which trees made the arms, oldest first."""
+    groups: dict[tuple, list[tuple[str, str]]] = {}
+    for arm, rows in document["made"].items():
+        for made in rows:
+            tree = f"commit {made['commit']}" + {True: " with uncommitted changes", False: "", None: " (state unknown)"}[made["dirty"]]
+            state = "this code" if made["code"] == document.get("codes", {}).get(arm, document["code"]) else "earlier code, not run again since"
+            state += f", {made['verified']}" if "verified" in made else ""
+            groups.setdefault((state, tree), []).append((made["date"], arm))
+    said = []
+    for (state, tree), found in sorted(groups.items(), key=lambda group: min(group[1])):
+        dates, arms = sorted(date for date, _ in found), sorted({arm for _, arm in found})
+        until = "" if dates[0] == dates[-1] else f" to {dates[-1].split(' ', 1)[1]}"
+        said.append(f"{len(found)} run{'s' * (len(found) > 1)} ({', '.join(arms)}): {tree}, {dates[0]}{until}; {state}.")
+    return "Made by:\n\n" + "\n".join(f"- {line}" for line in said)
 
 
 def write(page: Path = PAGE, results: Path = ROOT / "benchmarks" / "results") -> None:

@@ -47,9 +47,10 @@ from benchmarks.dynamics.columns import (
     expert_style,
     is_right,
 )
+from benchmarks.dynamics.draw import plot_curves
 from benchmarks.dynamics.learn import Demo, Part, Trainer, answer, demonstrations, evaluate, expert_statistics, passes
 from benchmarks.dynamics.model import Drawn, Size, TinyLlama, draw
-from benchmarks.dynamics.study import Claim, Found, Record, Study, main, plot_curves
+from benchmarks.dynamics.study import Claim, Found, Record, Study, main
 from megatron_plugin import bind
 from megatron_plugin.rollout.hinted.mixing import Phase, mix
 from megatron_plugin.rollout.hinted.options import HintedOptions
@@ -203,20 +204,23 @@ def claims(found: Found) -> list[Claim]:
 
 def figure(canvas, found: Found) -> None:
     accuracy, cll, shares = canvas.subplots(1, 3)
-    plot_curves(accuracy, found, "accuracy", title="held-out accuracy, sampled")
+    plot_curves(accuracy, found, "accuracy", unit="share right, one sample each", title="held-out accuracy")
     records = found["start"]
-    for axis, prefix, title in ((cll, "cll_", "mean cll of a set, nats"), (shares, "kept_", "share of questions with a right answer")):
+    units = (("cll_", "nats a token", "mean cll of a set; a point for each seed"), ("kept_", "share of the questions", "questions answered right; a point for each seed"))
+    for axis, (prefix, unit, title) in zip((cll, shares), units, strict=True):
         names = [name for name in records[0]["facts"] if name.startswith(prefix)]
-        for record in records:
-            axis.plot([name.removeprefix(prefix) for name in names], [record["facts"][name] for name in names], "o", alpha=0.7)
-        axis.set_title(title)
+        for number, record in enumerate(records):
+            axis.plot([name.removeprefix(prefix) for name in names], [record["facts"][name] for name in names], "o", alpha=0.7, label=f"{number + 1}. seed")
+        axis.set_title(title, fontsize=10)
+        axis.set_ylabel(unit)
         axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
 
 
 STUDY = Study(
     "realign", "e. Hinted decoding and IDFT: cll before and after, and accuracy after training on each set", SETTINGS, TINY, ARMS, run, claims,
     {"samples": "samples", "cll": "cll of the set", "id": "held out", "id_greedy": "greedy", "ood": "subtraction", "entropy": "entropy", "letters": "letters"},
-    figure, control="`start`: not trained on any set; `own`: rejection sampling, no hint",
+    figure, height=4.4, control="`start`: not trained on any set; `own`: rejection sampling, no hint",
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ Outputs = dict[str, Tensor]
 MIB = 2**20
 WARM = 200.0
 """Milliseconds from which a call (every contender has been called before) needs no warm-up."""
+SPENT = "time budget spent"
+"""Reason of a contender that was not tried."""
 # relative error ||out - truth|| / ||truth||, by kind of output and dtype: wide enough for every honest implementation (a fast rival with a
 # careless sum must be timed, its error is printed), narrow enough to catch a forgotten term.  bf16: rounding alone gives 1.7e-3 in a gradient;
 # hidden-in, logits that pass through bf16 move every probability by about 1 %
@@ -238,7 +240,7 @@ def compare(case, contenders: list[Contender], work: Work, *, seconds: float = 5
     runs, facts = {}, {}
     for contender in contenders:
         if time.monotonic() > deadline and runs:
-            facts[contender.name] = {"errors": {}, "peak_mib": None, "reason": "time budget spent"}
+            facts[contender.name] = {"errors": {}, "peak_mib": None, "reason": SPENT}
             continue
         run, facts[contender.name] = _try(case, contender, refuse)
         if run:

@@ -14,6 +14,7 @@ PACKAGES = ("torch", "triton", "megatron-core", "liger-kernel", "cut-cross-entro
 
 
 def cpu_name() -> str:
+    """The model of the CPU, and those of its vector and matrix instructions that kernels use."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -19,13 +19,13 @@ import torch
 
 from megatron_plugin.bench import ours, ours_linear
 from megatron_plugin.bench.cases import linear_case, logits_case
-from megatron_plugin.bench.harness import Contender, Work, compare
+from megatron_plugin.bench.harness import SPENT, Contender, Work, compare
 from megatron_plugin.bench.machine import environment, keep_freed_memory
 from megatron_plugin.bench.pytorch import expression, full_logits, stats_in_one_expression, stats_log_softmax, stats_lse
 from megatron_plugin.bench.shape import ITEMSIZE, Shape
 from megatron_plugin.config import ConfigError
 
-__all__ = ["OPS", "Options", "bench"]
+__all__ = ["OPS", "OpsError", "Options", "bench"]
 
 OBJECTIVE = "dft+entropy"
 SIZES = {"cpu": (512, 32768, 512, "fp32"), "cuda": (8192, 151936, 4096, "bf16")}
@@ -33,6 +33,12 @@ SIZES = {"cpu": (512, 32768, 512, "fp32"), "cuda": (8192, 151936, 4096, "bf16")}
 QUICK = (64, 1000, 64, "fp32")
 SHARE = 0.75
 """Of the time limit, after which no contender is begun: one that compiles cannot be stopped."""
+
+
+class OpsError(RuntimeError):
+    """An op of ours failed here, or is wrong."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,8 @@ OPS: dict[str, Op] = {
 
 
 def bench(options: Options, out: Path | None) -> list[dict[str, Any]]:
-    """Measures, prints a table, and writes rows and environment as JSON.  ConfigError for a device that is not there, or too little memory."""
+    """Measures, prints a table, and writes rows and environment as JSON.  ConfigError for a device that is not there, or too little memory;
+    OpsError, once that is written, where a row of ours has a reason (with time enough: that there was none is nothing against it)."""
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("got cuda, expected cpu: torch finds no GPU here; `megatron-plugin doctor` says more", "--device")
     if options.device == "cpu":
@@ -102,12 +109,15 @@ def bench(options: Options, out: Path | None) -> list[dict[str, Any]]:
             torch._dynamo.reset()
     header["seconds"] = round(time.monotonic() - began, 1)
     _print(rows, header)
-    if options.quick:
+    wrong = [row for row in rows if row["contender"].startswith("ours") and row["reason"]]
+    if options.quick and not wrong:
         print("--quick: the ops run and are right here; two calls of so small a size say nothing about speed")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps({"environment": header, "options": asdict(options), "rows": rows}, indent=1) + "\n")
         print(out)
+    if failed := [f"{row['op']}, {row['contender']}: {row['reason']}" for row in wrong if row["reason"] != SPENT]:
+        raise OpsError(f"got {'; '.join(failed)}; expected the truth: `megatron-plugin doctor` says what is broken here")
     return rows
 
 

@@ -52,6 +52,7 @@ def whole(text: str) -> int:
 
 
 def existing_file(name: str, what: str) -> Path:
+    """The path of a file; DataPathError, exit code 4, where there is none.  `what` is expected, in words."""
     if not Path(name).is_file():
         from megatron_plugin.config import DataPathError
 
@@ -81,6 +82,7 @@ def int_variable(name: str, default: int) -> int:
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
+    """The arguments of a command that takes a configuration: the file, overrides, --smoke."""
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/dft.yaml")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="dotted keys that replace values of the file: train.steps=20; also Megatron's "
                         "names for them: tensor_model_parallel_size=2, --tensor-model-parallel-size 2")  # fmt: skip
@@ -89,7 +91,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def arranged(words: Sequence[str]) -> list[str]:
-    """The command line with Megatron's flags written as overrides, and with all overrides together, where argparse wants them.
+    """The command line with Megatron's flags written as overrides, and with all overrides directly behind the file, where argparse wants them.
 
     Of the commands that take a configuration; others come back as they are."""
     words = list(words)
@@ -104,7 +106,7 @@ def arranged(words: Sequence[str]) -> list[str]:
             overrides.append(word)
         else:
             rest.append(word)
-    return rest + overrides
+    return sorted([*rest, *overrides], key=lambda word: word.startswith("-"))  # options last, all else in its order
 
 
 def _megatron_name(flag: str) -> str:
@@ -123,12 +125,16 @@ def _megatron_name(flag: str) -> str:
 
 
 def _as_override(name: str, flag: str, following: list[str]) -> str:
-    """name=value, its value taken from the flag or from the word behind it."""
-    from megatron_plugin.config.aliases import flag_takes_value
+    """name=value, its value taken from the flag or from the word behind it; of a switch, that word only where it is true or false."""
+    from megatron_plugin.config.aliases import HINTS, flag_takes_value
 
     _, equals, value = flag.partition("=")
-    if equals or not flag_takes_value(name):
-        return f"{name}={value if equals else 'true'}"
+    if name in HINTS:  # refused here: whether it takes the word behind it is not known
+        raise UsageError(f"got {flag}, Megatron's own name, expected ours: use '{HINTS[name]}'")
+    if equals:
+        return f"{name}={value}"
+    if not flag_takes_value(name):
+        return f"{name}={following.pop(0) if following[:1] in (['true'], ['false']) else 'true'}"
     if not following or following[0].startswith("--"):
         raise UsageError(f"got {flag} without a value, expected one behind it")
     return f"{name}={following.pop(0)}"

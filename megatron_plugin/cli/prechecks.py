@@ -6,6 +6,8 @@ Each says what the part that would fail later says too; that part stays the judg
 from __future__ import annotations
 
 import difflib
+import importlib.util
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ __all__ = ["check_checkpoint", "check_hf_folder", "check_layout", "check_new_fol
            "check_some_file", "check_tokenizer", "check_vllm_there", "run_of", "run_values"]  # fmt: skip
 
 REWARDS = ("numeric", "math", "format")
+"""Those of rollout/rewards.py, which imports torch."""
 SCORED = ("seq_length", "packing", "train_on")
 """Keys of a run's `data` that score and eval can change."""
 
@@ -90,8 +93,15 @@ def check_reward(name: str, key: str = "--reward", where: str | None = None) -> 
         raise ConfigError(f"got {name!r}{hint}, expected one of {', '.join(REWARDS)}, or a function of yours as package.module.function", key, where)
 
 
+def _check_importable(name: str, key: str, where: str | None) -> None:
+    """ConfigError for package.module.function of a package that there is not."""
+    top, dot, _ = name.partition(".")
+    if dot and top not in sys.modules and (not top or importlib.util.find_spec(top) is None):
+        raise ConfigError(f"got {name!r}, but no package {top!r} is on the Python path, expected package.module.function of one that is", key, where)
+
+
 def check_served(model: str) -> None:
-    """CheckpointPathError, exit code 3, unless the folder can be a model's for vLLM."""
+    """CheckpointPathError, exit code 3, unless the folder can be a model's for vLLM; ConfigError for a run directory, whose model is in engine/."""
     inner = Path(model) / "engine"
     if not (Path(model) / "config.json").is_file() and (inner / "config.json").is_file():
         raise ConfigError(f"got {model}, a run directory, expected a model's; try {inner}", "MODEL_DIR")
@@ -116,6 +126,7 @@ def check_vllm_there(key: str, where: str | None = None) -> None:
 
 def check_packages(config: Config) -> None:
     """ConfigError for what a run of `config` needs and is not installed."""
+    _check_importable(config.loss_name, "loss.name", config.sources.get("loss.name"))
     if config.rollout is None:
         return
     rewards = config.rollout.reward if isinstance(config.rollout.reward, dict) else [config.rollout.reward]

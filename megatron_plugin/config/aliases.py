@@ -123,8 +123,11 @@ SWITCHES = ("sequence_parallel", "use_distributed_optimizer", "deterministic_mod
 
 
 def flag_takes_value(name: str) -> bool:
-    """Whether Megatron-LM's --name is followed by a value."""
-    return name not in SWITCHES
+    """Whether Megatron-LM's --name is followed by a value: not where it is a switch, or a field that is true or false and nothing else."""
+    from megatron_plugin.config.megatron_fields import accepts, model_fields
+
+    field = None if name in ALIASES else model_fields().get(name)
+    return name not in SWITCHES and (field is None or not accepts(field, True) or accepts(field, 1) or accepts(field, ""))
 
 
 def alias_of(name: str, known: Sequence[str]) -> Alias | None:

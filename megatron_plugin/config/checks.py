@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import math
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ from megatron_plugin.config.megatron_fields import CHOICES, accepts, model_field
 from megatron_plugin.config.rollout_checks import check_rollout, check_rollout_world
 from megatron_plugin.config.schema import Config
 
-__all__ = ["check", "check_files"]
+__all__ = ["check", "check_files", "check_folder"]
 
 REQUIRED = ("num_layers", "hidden_size", "num_attention_heads")
 SMALLEST_BPE = 263  # 256 bytes and 7 control tokens (data/tokenizer.py)
@@ -59,8 +60,22 @@ def _of_each_key(errors: Sequence[ConfigError]) -> list[ConfigError]:
     return list(found.values())
 
 
+def check_folder(path: str | Path, key: str, where: str | None = None) -> None:
+    """ConfigError for a directory that could not be made, or written to; a file without a name is, in it or in the nearest one above that is there."""
+    above = Path(path).absolute()
+    try:
+        while not above.exists():
+            above = above.parent
+        with tempfile.TemporaryFile(dir=above):  # what may be written says little, as root and on file systems that are none
+            pass
+    except OSError as error:
+        reason = f"got {str(path)!r}, but {above} takes no file ({error.strerror}), expected a directory that can be made and written"
+        raise ConfigError(reason, key, where) from error
+
+
 def check_files(config: Config) -> None:
-    """DataPathError with every file or directory that `data` names and that does not exist: found here, before torch is imported."""
+    """DataPathError with every file or directory that `data` names and that does not exist, CheckpointPathError for one of `checkpoint`, ConfigError
+    for a run_dir that cannot be written: found here, before torch is imported."""
     data, missing = config.data, []
     files = {"data.train": data.train, "data.eval": data.eval, "data.prompts": data.prompts, "data.chat_template": [data.chat_template]}
     for key, paths in files.items():
@@ -72,6 +87,7 @@ def check_files(config: Config) -> None:
         reason = f"got {data.tokenizer!r}, expected a directory with tokenizer.json; leave it empty to train a byte-level BPE"
         missing.append(DataPathError(reason, "data.tokenizer", config.sources.get("data.tokenizer")))
     raise_all([*missing, *_missing_checkpoints(config)])
+    check_folder(config.run_dir, "run_dir", config.sources.get("run_dir"))
 
 
 def _missing_checkpoints(config: Config) -> Iterator[CheckpointPathError]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import difflib
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
+from megatron_plugin.config.aliases import ALIASES
 from megatron_plugin.config.errors import ConfigError
 from megatron_plugin.config.megatron_fields import CHOICES, OURS, RESERVED, model_fields, settable
 from megatron_plugin.config.schema import Config
 
-__all__ = ["key_types", "wrong_keys"]
+__all__ = ["key_types", "stays_text", "wrong_keys"]
 
 FREE = ("loss",)  # its keys are the parameters of the chosen loss, which `bind` compares with its signature
 
@@ -30,6 +32,12 @@ def key_types() -> dict[str, Any]:
             hints = get_type_hints(section)
             found |= {f"{name}.{f.name}": hints[f.name] for f in fields(section)}
     return found
+
+
+def stays_text(key: str, value: str) -> bool:
+    """Whether the bare word that an override gives a key, or an alias, is text, though YAML may read a truth value or a number: data.tokenizer=no."""
+    kind = key_types().get(ALIASES[key].key if key in ALIASES else key)
+    return kind in (str, list[str]) and value != "null" and re.fullmatch(r"[\w.+-]+", value) is not None
 
 
 def wrong_keys(values: dict[Any, Any], where: Callable[[str], str]) -> list[ConfigError]:
@@ -58,9 +66,7 @@ def _wrong_inner(section: str, key: str, known: dict[str, Any], where: Callable[
 
 def _wrong_model_key(key: str, known: dict[str, Any], where: Callable[[str], str]) -> ConfigError | None:
     dotted = f"model.{key}"
-    if key in RESERVED:
-        return ConfigError(f"got a field that cannot be set ({RESERVED[key]}), expected it to be left out", dotted, where(dotted))
-    annotation = None if key in OURS else model_fields().get(key)
+    annotation = None if key in OURS or key in RESERVED else model_fields().get(key)
     if annotation is None:
         return _unknown(dotted, known, where)
     if key not in CHOICES and not settable(annotation):
@@ -72,6 +78,8 @@ def _unknown(key: str, known: dict[str, Any], where: Callable[[str], str]) -> Co
     leaf = key.rpartition(".")[2]
     if leaf in OURS:
         return ConfigError(f"got Megatron's own name, expected ours: use '{OURS[leaf]}'", key, where(key))
+    if leaf in RESERVED:
+        return ConfigError(f"got a field that cannot be set ({RESERVED[leaf]}), expected it to be left out", key, where(key))
     if key in known:  # a flat "train.steps: 5" in a file
         section, _, inner = key.partition(".")
         return ConfigError(f"got a key with a dot, expected '{inner}:' indented below '{section}:'", key, where(key))

@@ -18,7 +18,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 from megatron_plugin.config.aliases import COMMAND_LINE, Layer, check_spellings, translated
 from megatron_plugin.config.checks import check
 from megatron_plugin.config.errors import ConfigError, raise_all
-from megatron_plugin.config.keys import key_types, wrong_keys
+from megatron_plugin.config.keys import key_types, stays_text, wrong_keys
 from megatron_plugin.config.recipes import RECIPES
 from megatron_plugin.config.schema import Config
 from megatron_plugin.config.smoke import SMOKE, smoke_values
@@ -150,9 +150,10 @@ def read_file(path: Path) -> Layer:
 
 
 def _read_override(text: str) -> Layer:
-    key, equals, _ = text.partition("=")
+    key, equals, value = text.partition("=")
     if not equals or not key or key != key.strip(" -+~"):
         raise ConfigError(f"got the override {text!r}, expected key=value without dashes, such as train.steps=20", where=COMMAND_LINE)
+    text = f"{key}='{value}'" if stays_text(key, value) else text
     try:
         values = OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
@@ -235,8 +236,7 @@ def _lines(node: yaml.Node | None, prefix: str = "") -> dict[str, int]:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             dotted = f"{prefix}{key.value}"
-            found[dotted] = key.start_mark.line + 1
-            found |= _lines(value, f"{dotted}.")
+            found |= {dotted: key.start_mark.line + 1} | _lines(value, f"{dotted}.")
     return found
 
 

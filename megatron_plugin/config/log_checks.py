@@ -18,6 +18,7 @@ PROJECT = re.compile(r"[^/\\#?%:]{1,128}(/[^/\\#?%:]{1,128})?")
 
 
 def check_log(config: Config) -> Iterator[ConfigError]:
+    """Of trackers, their addresses and packages, and of the steps that are profiled."""
     log = config.log
     if log.wandb and not PROJECT.fullmatch(log.wandb):
         yield _wrong(config, "log.wandb", f"got {log.wandb!r}, expected project or entity/project, without \\ # ? % :; the server is WANDB_BASE_URL")
@@ -33,6 +34,7 @@ def check_log(config: Config) -> Iterator[ConfigError]:
 
 
 def check_profile_ranks(config: Config, world_size: int) -> Iterator[ConfigError]:
+    """For ranks that the job has not."""
     if config.profile.first_step and (strange := [rank for rank in config.profile.ranks if not 0 <= rank < world_size]):
         yield _wrong(config, "profile.ranks", f"got {', '.join(map(str, strange))}, expected ranks from 0 to {world_size - 1}")
 

@@ -63,7 +63,7 @@ def _megatron_core() -> Path:
     except (ImportError, ValueError, AttributeError):
         spec = None
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError("got no package megatron.core, expected megatron-core >=0.14,<0.20: pip install 'megatron-plugin[cpu]', or [cuda]")
+        raise ConfigError("got no package megatron.core, expected megatron-core >=0.14,<0.20: pip install 'megatron-core>=0.14,<0.20' psutil")
     return Path(next(iter(spec.submodule_search_locations)))
 
 

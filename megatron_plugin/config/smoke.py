@@ -6,8 +6,10 @@ It is a layer of values over the file and below the command line: what an overri
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ __all__ = ["SMOKE", "fresh_run_dir", "smoke_line", "smoke_values"]
 SMOKE = "--smoke"
 MARK = ".smoke"
 """In a run directory that a smoke run made, and that the next one may remove."""
+TRIES = 100
+"""To make run_dir, which each other machine can rename once."""
 STEPS, ROWS, TOKENS, WIDTH, COMPLETION = 2, 2, 128, 64, 16
 HEAD = 32
 """Channels of a head: vLLM's attention on a CPU has none of 16."""
@@ -61,19 +65,37 @@ def smoke_line(config: Config) -> str:
 
 
 def fresh_run_dir(config: Config) -> None:
-    """Removes what the last smoke run left in run_dir, and makes it; one rank of a machine calls it.  Where an override names run_dir nothing is done.
+    """Removes what the last smoke run left in run_dir, and makes it; one rank of a machine calls it, at once with
+    those of machines that share the file system.  Where an override names run_dir nothing is done.
 
     ConfigError for a directory that no smoke run made."""
     if config.sources.get("run_dir") != SMOKE:
         return
     folder = Path(config.run_dir)
-    if folder.is_symlink() or (folder.exists() and not (folder / MARK).exists() and (not folder.is_dir() or any(folder.iterdir()))):
+    if _is_strange(folder) and _is_strange(folder):  # twice: another machine may have been removing it
         raise ConfigError("got what no smoke run made, expected nothing there or the last one's run, which is removed; move it, or say run_dir=...",
                           str(folder), SMOKE)  # fmt: skip
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    (folder / MARK).touch()
+    with contextlib.suppress(FileNotFoundError):  # renamed first: what others make under its name meanwhile stays
+        shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")))
+    for left in reversed(range(TRIES)):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / MARK).touch()
+            return
+        except (FileNotFoundError, FileExistsError):  # another machine has just renamed it
+            if not left:
+                raise
+
+
+def _is_strange(folder: Path) -> bool:
+    """Whether something is there that no smoke run made."""
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except FileNotFoundError:
+        return folder.is_symlink()
+    except NotADirectoryError:
+        return True
+    return folder.is_symlink() or (bool(names) and MARK not in names)
 
 
 def _layout(config: Config, world_size: int, given: set[str]) -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """`megatron-plugin bench` and what doctor says of features and of a vocabulary."""
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +44,40 @@ def test_bench_compares_with_torch_compile_unless_told_not_to():
         assert names[0] == "ours" and names[-1] == "torch.compile" and [c.name for c in op.contenders(False)] == names[:-1]
 
 
+def test_bench_says_that_an_op_of_ours_is_wrong(monkeypatch, capsys, tmp_path):
+    from megatron_plugin.bench import run
+    from megatron_plugin.bench.harness import SPENT, Contender, Run
+
+    right = run.ours.stats()
+
+    def wrong(case):
+        return Run(lambda state: {name: output + 1 for name, output in right(case).call(state).items()})
+
+    row = run.OPS["stats"]
+    monkeypatch.setitem(run.OPS, "stats", row._replace(contenders=lambda compiled: [Contender("ours", wrong), *row.contenders(compiled)[1:]]))
+    words = ["bench", "--quick", "--ops", "stats", "--device", "cpu"]
+    assert cli.main(words) == 1
+    said = capsys.readouterr()
+    assert "error: got stats, ours: refused, wrong output: logp" in said.err and len(said.err.splitlines()) == 1
+    assert "are right here" not in said.out and json.loads((tmp_path / "bench.json").read_text())["rows"][0]["reason"]
+    monkeypatch.setattr(run, "compare", lambda *_, **__: [{"contender": "ours", "shape": "", "ms": None, "reason": SPENT}])
+    assert cli.main(words) == 0 and "are right here" not in capsys.readouterr().out, "not tried: neither right nor wrong"
+
+
+def test_bench_offers_the_ops_there_are():
+    from megatron_plugin.bench.run import OPS
+    from megatron_plugin.cli import machine_commands
+
+    assert machine_commands.OPS == tuple(OPS)
+
+
+def test_the_rewards_that_are_known_early_are_those_there_are():
+    from megatron_plugin.cli import prechecks
+    from megatron_plugin.rollout import rewards
+
+    assert prechecks.REWARDS == rewards.REWARDS
+
+
 def test_bench_refuses_what_does_not_fit(capsys):
     assert cli.main(["bench", "--device", "cpu", "--tokens", "100000000"]) == 2
     assert "GiB; take fewer --tokens" in capsys.readouterr().err
@@ -56,19 +93,30 @@ def test_the_features_are_those_promised_and_each_says_what_adds_it(monkeypatch)
                                        "verified answers", "reports, curves", "W&B", "MLflow", "GPU", "NCCL"]  # fmt: skip
     monkeypatch.setattr(features, "there", lambda module: module not in ("psutil", "vllm", "wandb", "math_verify"))
     found = {row.name: row for row in features.rows()}
-    assert found["training"].missing == ("psutil",) and found["training"].text == "missing: psutil; pip install 'megatron-plugin[cpu]'"
-    assert "vllm==0.32.0" in found["on-policy, serve"].text and "'megatron-plugin[wandb]'" in found["W&B"].text
+    assert found["training"].missing == ("psutil",) and found["training"].text == "missing: psutil; pip install '.[cpu]'   (in a checkout)"
+    assert "vllm==0.32.0" in found["on-policy, serve"].text and found["W&B"].text.endswith("pip install wandb")
     assert found["ops on a CPU"].text.startswith("yes: torch 2.")
 
 
-def test_every_extra_that_is_named_exists():
-    import re
-    from pathlib import Path
+def distributions(words: list[str], project: dict) -> set[str]:
+    """What pip would be told to install: the words, and for '.[extra]' the project's dependencies with those of its extras."""
+    extras, found, left = project["optional-dependencies"], set(), list(words)
+    while left:
+        name, extra = re.match(r"([\w.-]+)(?:\[([\w,-]+)\])?", left.pop()).groups()
+        if name in (".", "megatron-plugin"):
+            left += [*project["dependencies"], *(requirement for part in extra.split(",") for requirement in extras[part])]
+        found.add(name)
+    return found
 
-    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
-    for feature in features.FEATURES.values():
-        for extra in re.findall(r"megatron-plugin\[(\w+)\]", feature.pip):
-            assert re.search(rf"^{extra} = \[", text, re.M), extra
+
+@pytest.mark.parametrize("name", features.FEATURES)
+def test_what_adds_a_feature_adds_all_of_it(name):
+    tomllib = pytest.importorskip("tomllib")
+    feature = features.FEATURES[name]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    added = distributions(shlex.split(feature.pip.partition("   (")[0]), project)
+    for module in feature.modules:
+        assert added & {*features.DISTRIBUTIONS.get(module, ()), module.replace("_", "-")}, module
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ def test_on_policy(path, tmp_path, vllm):
 @pytest.mark.torchrun
 @pytest.mark.timeout(300)
 def test_the_multi_node_file_on_two_ranks(tmp_path):
-    """Its layout as far as it goes: tensor and sequence parallel; twice, since the second run removes the first."""
+    """Its layout as far as it goes: tensor and sequence parallel."""
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "megatron_plugin.cli", "train", str(ROOT / "configs/multi_node.yaml")]
     out = start(tmp_path, *words, "--smoke")
     assert out.count("smoke: run_dir=") == 1 and "parallel.tensor=2 " in out

@@ -1,12 +1,14 @@
 """Megatron's names for our keys: each row against megatron-core's real fields and Megatron-LM's real arguments, and what is taken and refused."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
 import pytest
 
 from megatron_plugin.cli.arguments import UsageError, arranged
+from megatron_plugin.cli.commands import parser
 from megatron_plugin.config import ConfigError, load_config, to_yaml
 from megatron_plugin.config.aliases import ALIASES, HINTS, SWITCHES
 from megatron_plugin.config.keys import key_types
@@ -129,13 +131,47 @@ def test_flags_of_the_command_line(command, words, overrides):
     assert ("--smoke" in found) == ("--smoke" in words)
 
 
+@pytest.mark.parametrize("command", ["train", "config show"])
+def test_every_order_is_understood(command):
+    spelled = {"x.yaml": "", "train.steps=3": "train.steps=3", "--smoke": "", "--num-layers 4": "num_layers=4"}
+    for words in itertools.permutations(spelled):
+        arguments = parser().parse_args(arranged([*command.split(), *" ".join(words).split()]))
+        assert (arguments.config, arguments.smoke) == ("x.yaml", True), words
+        assert arguments.overrides == [spelled[word] for word in words if spelled[word]], words
+
+
+@pytest.mark.parametrize("words, overrides", [
+    ("--qk-layernorm train.steps=3", ["qk_layernorm=true", "train.steps=3"]), ("--add-qkv-bias --bf16", ["add_qkv_bias=true", "bf16=true"]),
+    ("--qk-layernorm false --bf16 false", ["qk_layernorm=false", "bf16=false"]), ("--calculate-per-token-loss", ["calculate_per_token_loss=true"]),
+    ("--ffn-hidden-size 96", ["ffn_hidden_size=96"]), ("--fp8 hybrid", ["fp8=hybrid"]), ("--layernorm-epsilon 1e-6", ["layernorm_epsilon=1e-6"]),
+])  # fmt: skip
+def test_a_switch_leaves_the_next_word(words, overrides):
+    assert parser().parse_args(arranged(["train", "x.yaml", *words.split()])).overrides == overrides
+
+
+@pytest.mark.parametrize("flag", [f"--{name.replace('_', '-')}" for name in HINTS])
+def test_a_flag_that_means_something_else_names_ours(flag):
+    with pytest.raises(UsageError, match=f"expected ours: use '{HINTS[flag[2:].replace('-', '_')]}'"):
+        arranged(["train", flag, "x.yaml"])
+
+
 def test_other_commands_and_other_flags_are_left_alone():
     assert arranged(["score", "x", "y", "--samples", "3", "parallel.tensor=2"]) == ["score", "x", "y", "--samples", "3", "parallel.tensor=2"]
-    assert arranged(["train", "x.yaml", "--frobnicate", "3"]) == ["train", "x.yaml", "--frobnicate", "3"]
+    assert arranged(["train", "x.yaml", "--frobnicate", "3"]) == ["train", "x.yaml", "3", "--frobnicate"]
     with pytest.raises(UsageError, match="without a value"):
         arranged(["train", "x.yaml", "--train-iters"])
     with pytest.raises(UsageError, match="did you mean --global-batch-size"):
         arranged(["train", "x.yaml", "--global-batch-sizes", "3"])
+
+
+@pytest.mark.parametrize("override, key, expected", [
+    ("data.tokenizer=no", "data.tokenizer", "no"), ("tokenizer_model=1e5", "data.tokenizer", "1e5"), ("data.train=off", "data.train", ["off"]),
+    ("log.wandb=007", "log.wandb", "007"), ("data.tokenizer=null", "data.tokenizer", ""), ("data.tokenizer=", "data.tokenizer", ""),
+    ("data.train=[a,no]", "data.train", ["a", "False"]), ("deterministic=no", "deterministic", False),
+])  # fmt: skip
+def test_a_bare_word_stays_the_text_it_is(override, key, expected, monkeypatch):
+    monkeypatch.setattr("megatron_plugin.config.log_checks._installed", lambda module: True)
+    assert value(load_config(DEBUG, [override]), key) == expected
 
 
 def test_names_below_a_section_are_not_aliases():

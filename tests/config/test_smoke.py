@@ -1,5 +1,7 @@
 """--smoke: what it changes, what it leaves, and what it may remove.  (tests/cli/test_smoke_runs.py runs every file with it.)"""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,21 @@ def test_a_file_that_cannot_be_trained_is_refused_as_it_is(tmp_path):
     path.write_text((CONFIGS / "sft.yaml").read_text().replace("global_batch: 16", "global_batch: 15"))
     with pytest.raises(ConfigError, match="train.global_batch: got 15, expected a multiple of 4"):
         load_config(path, smoke=True)
+
+
+def test_machines_that_share_the_file_system_clear_it_at_once(tmp_path, monkeypatch):
+    """Each begins with what the last run left, or with what another has just made."""
+    monkeypatch.chdir(tmp_path)
+    config = load_config(CONFIGS / "sft.yaml", smoke=True)
+    folder = Path(config.run_dir)
+    with ThreadPoolExecutor(4) as machines:
+        for _ in range(25):
+            fresh_run_dir(config)
+            for part in range(20):
+                (folder / str(part)).touch()
+            together = threading.Barrier(4)
+            list(machines.map(lambda _, together=together: (together.wait(), fresh_run_dir(config)), range(4)))
+            assert [path.name for path in folder.iterdir()] == [".smoke"] and list(folder.parent.iterdir()) == [folder]
 
 
 def test_only_what_a_smoke_run_made_is_removed(tmp_path, monkeypatch):

@@ -17,4 +17,10 @@ MUTANTS = [
     Mutant("training and its parts are counted twice", "megatron_plugin/report/run_page.py", '    if "forward and backward" not in inside:', "    if True:", "tests/report/test_run_page.py -k counted_once"),
     Mutant("the distributed optimizer shares nothing out", S + "model.py", "state / (layout.replicas if layout.distributed_optimizer else 1)", "state", f"{SCALE} -k page_has"),
     Mutant("the head's gradient is not all-reduced", S + "traffic.py", "head=sum(batch.through_head) * model.sizes.hidden * size * split * last", "head=0.0", f"{SCALE} -k small_runs"),
+    Mutant("an engine's memory is the trainer's", T + "memory.py", '    if getattr(error, "exit_code", None) is not None:\n', "    if False:\n", f"{PERF} -k counts_as"),
+    Mutant("memory that the driver refuses is any error", T + "memory.py", "any(sign in str(error) for sign in DEVICE)", "False", f"{PERF} -k counts_as"),
+    Mutant("half of an odd number of rows is advised", T + "memory.py", "fewer = max(n for n in range(1, train.micro_batch) if train.micro_batch % n == 0)", "fewer = train.micro_batch // 2", f"{PERF} -k still_divide"),
+    Mutant("a trace that cannot be ended ends the run", T + "profiling.py", "        try:\n            profile.stop()\n", "        profile.stop()\n        try:\n", f"{PERF} -k cannot_be_ended"),
+    Mutant("a run that failed is finished at the service", T + "trackers.py", "finish(failed=self._run_failed)", "finish(failed=False)", f"{TRACK} -k how_the_run_ended"),
+    Mutant("rows of a scoring pass are padded without bound", T + "hf_scorer.py", "max(1, min(self.rows, TOKENS // longest))", "self.rows", "tests/trainer/test_realigning.py -k go_together"),
 ]

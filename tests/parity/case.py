@@ -46,6 +46,8 @@ class Case:
     ref_logp: Tensor
     expert: Tensor
     """[b] bool: demonstrations and own answers, both."""
+    reward: Tensor | None = None
+    """[b], for losses that ask whether an answer is right; None: it is where the advantage is above 0."""
 
     @property
     def dtype(self) -> torch.dtype:

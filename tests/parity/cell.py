@@ -40,10 +40,10 @@ class Cell:
     """Kinds of case.py, or whatever `make` turns into what both sides take."""
     make: Callable[[Any, torch.dtype], Any] = make_case
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
+    bound: float | None = None
+    """Another bound, of half precision: the verdict is "within" and the note, not "agrees"."""
     said: str = ""
     """The inputs, for the table, where they are no kinds of case.py."""
-    bound: float | None = None
-    """Another bound, for half precision only."""
     note: str = ""
     """What the reader of "agrees" has to know."""
 
@@ -81,6 +81,8 @@ def judge(cell: Cell) -> Outcome:
         outcome.verdict, outcome.ok = f"said to differ ({cell.why}), but agrees within {apart:.0e}", False
     elif cell.why:
         outcome.verdict = f"explained: {cell.why} ({apart:.0e} apart); {cell.how}"
+    elif cell.bound:
+        outcome.verdict = f"within {cell.note}"
     else:
         outcome.verdict = (f"preset `{cell.preset}`" if cell.preset else "agrees") + (f"; {cell.note}" if cell.note else "")
     return outcome

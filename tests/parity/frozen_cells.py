@@ -35,13 +35,16 @@ def frozen() -> dict:
 
 
 def made(name: str, dtype: torch.dtype) -> Case:
-    """The inputs of a vector, whichever it is; wide for the one of 25 columns."""
-    given, wide = frozen()["inputs"], "wide_" if name == "eaft_top20" else ""
-    logits = torch.tensor(given[f"{wide}logits"], dtype=dtype)
-    rows = len(logits)
+    """The inputs of a vector, whichever it is; wide for the one of 25 columns; some vectors lower a label's logit, and have rewards of their own."""
+    given, wide, own = frozen()["inputs"], "wide_" if name == "eaft_top20" else "", frozen()["vectors"][name]
+    logits = torch.tensor(given[f"{wide}logits"], dtype=torch.float64)
+    for row, place, by in own.get("lowered", ()):
+        logits[row, place, given["labels"][row][place]] -= by
+    logits, rows = logits.to(dtype), len(logits)
     mask = torch.ones(logits.shape[:2], dtype=torch.bool) if wide else torch.tensor(given["mask"]).bool()
     old = torch.tensor(given["old_logp"], dtype=dtype)[:rows]
-    return Case(name, logits=logits, labels=torch.tensor(given[f"{wide}labels"]), mask=mask, temperature=1.0, old_logp=old, rollout_logp=old,
+    reward = torch.tensor(own["rewards"], dtype=dtype) if "rewards" in own else None
+    return Case(name, reward=reward, logits=logits, labels=torch.tensor(given[f"{wide}labels"]), mask=mask, temperature=1.0, old_logp=old, rollout_logp=old,
                 ref_logp=old, advantage=torch.tensor(given["advantage"], dtype=dtype)[:rows], expert=torch.tensor(given["expert"])[:rows])  # fmt: skip
 
 
@@ -98,8 +101,8 @@ def mu(case: Case) -> Answer:
     return Answer(torch.tensor(shipped + decayed, dtype=torch.float64))
 
 
-def srft(case: Case, preset: str) -> Answer:
-    return ours.loss(case, "srft", preset=preset, expert=ours.TOKEN, dual_clip=float("inf"))
+def srft(case: Case, preset: str, **options: float) -> Answer:
+    return ours.loss(case, "srft", preset=preset, expert=ours.TOKEN, dual_clip=float("inf"), **options)
 
 
 def split_advantages(case: Case) -> Answer:
@@ -129,6 +132,7 @@ CELLS = [
     through_p("idft", "fsdp_polylog_trainer._compute_loss_and_backward"),
     through_p("idft_ramp_0.4", "fsdp_polylog_trainer, lambda_t=0.4", ramp=0.4),
     through_p("idft_beta_0.5_gamma_max_1", "fsdp_polylog_trainer, polylog_beta=0.5, gamma_max=1", beta=0.5, gamma_max=1.0),
+    through_p("idft_beta_0.3", "fsdp_polylog_trainer, polylog_beta=0.3, gamma at its lower bound", beta=0.3),
     cell("idft_lambda", "IDFT fsdp_polylog_trainer, lambda_t", "ramp_schedule(step, 30, warmup_ratio=0.2, transition_ratio=0.1)", ramp),
     cell("adaptive_polylog", "IDFT losses.adaptive_polylog_loss", "idft", value_only(mine("idft")), value_only(kept),
          note="values only: theirs detaches the whole loss, so that its gradient is 0"),
@@ -148,10 +152,19 @@ CELLS = [
     cell("luffy_clip_mean", "LUFFY compute_token_on_off_policy_loss, p_div_p_0.5, clip, token mean", "luffy, gamma=0.5 on demonstrations, grpo",
          partial(luffy, gamma=0.5, clips={"dual_clip": float("inf")}, per_place=False)),
     cell("luffy_advantages", "LUFFY compute_grpo_outcome_advantage_split", "augmented_advantages(over_answers=True)", split_advantages),
-    cell("srft_code", "SRFT mix_core_alg, mix_actor", 'srft, preset="code", dual_clip=inf', partial(srft, preset="code"), preset="code"),
-    cell("srft_paper", "SRFT arXiv 2506.19767, eq. 8 to 13", 'srft, preset="paper"', partial(srft, preset="paper"), preset="paper"),
+    cell("srft_code", "SRFT mix_core_alg, mix_actor, as noted by readers", 'srft, preset="code", dual_clip=inf', partial(srft, preset="code"), preset="code"),
+    cell("srft_paper", "SRFT arXiv 2506.19767, eq. 8 to 13, as noted by readers", 'srft, preset="paper"', partial(srft, preset="paper"),
+         preset="paper"),
+    cell("srft_paper_rare", "SRFT arXiv 2506.19767, the same, rewards against the advantage's sign, a wrong token of e^-8", 'srft, preset="paper"',
+         partial(srft, preset="paper"), preset="paper"),
+    cell("srft_paper_floor", "SRFT arXiv 2506.19767, the same, a wrong token of e^-13", 'srft, preset="paper"', partial(srft, preset="paper"),
+         why="+log p of a wrong token has no lower bound; ours ends at wrong_floor, e^-10", switched=partial(srft, preset="paper", wrong_floor=-math.inf),
+         how="wrong_floor=-inf"),
 ]  # fmt: skip
-NOT_COMPARED = ("reverse_polylog_loss of IDFT's repository, ASFT of LLaMA-Factory, square_root, pow and logp reshapes of LUFFY: ours has no such loss",)
+NOT_COMPARED = ("reverse_polylog_loss of IDFT's repository", "ASFT of LLaMA-Factory",
+                "square_root, pow and logp reshapes of LUFFY: ours has no such loss; and, since no vector was made of them, dft_loss of IDFT's repository",
+                "_dft_cross_entropy of LLaMA-Factory", "the branch of DFT's trainer for sequence parallelism (Ulysses)",
+                "the clamp of p at 1e-10 in IDFT's logarithm, which none of these tokens reaches (gamma is 2 there: it would be 1e-20 of the loss)")
 VERSION = "no package"
-HOW = "vectors of tests/parity/frozen.json, where source, commit and settings of each are; SRFT's are transcribed from readers' notes, since its " \
-      "repository was not readable"  # fmt: skip
+HOW = "vectors of tests/parity/frozen.json, where source, commit and settings of each are; SRFT's are this project's own transcription of " \
+      "readers' notes, since its repository was not readable, and so no parity with its code; five rows of Trinity-RFT are also compared live above"  # fmt: skip

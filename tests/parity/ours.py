@@ -56,7 +56,8 @@ def extras(case: Case, loss: str) -> dict[str, Tensor]:
     """What only this loss asks for: with any of them a kernel's twin of the loss is not used."""
     if loss == "gspo":
         return {"sequence": torch.arange(len(case.labels))[:, None].expand(case.labels.shape)}
-    return {"reward": case.per_token((case.advantage > 0).to(case.dtype))} if loss == "srft" else {}
+    reward = (case.advantage > 0).to(case.dtype) if case.reward is None else case.reward
+    return {"reward": case.per_token(reward)} if loss == "srft" else {}
 
 
 def loss(

@@ -50,6 +50,7 @@ def in_bf16(case: Case) -> Answer:
 
 
 def in_fp32(case: Case) -> Tensor:
+    """Ours, of the same bf16 logits."""
     return token_stats(case.logits.bfloat16(), case.labels).logp
 
 
@@ -145,7 +146,7 @@ ADVANTAGES = group_cells(
 
 CELLS = [*STATS, *POLICY, *MISMATCH, *ADVANTAGES]
 NOT_COMPARED = ("sapo", "vespo", "top_entropy_quantile", "vllm_importance_sampling_clip_min of the truncating modes",
-                "normalize_then_sum: ours has no such loss or option")  # fmt: skip
+                "normalize_then_sum: ours has no such loss or option; dft_loss, which older versions had: this one computes it inside SFTTrainer.compute_loss, below")  # fmt: skip
 VERSION = f"trl {trl_version}"
 HOW = "imported from the installed package; the trainer around each method is a stand-in with GRPOConfig's defaults, " \
       "and the lines that make advantages and vLLM's ratio are cut out of their method by its syntax tree"  # fmt: skip

@@ -125,8 +125,11 @@ def test_scores_do_not_depend_on_how_many_rows_go_together(go, tmp_path, monkeyp
     kept = [json.loads(line) for line in (tmp_path / "out" / "realigned.jsonl").read_text("utf-8").splitlines()]
     longest = max(record["tokens"] for record in kept)
     monkeypatch.setattr(hf_scorer, "TOKENS", longest)  # each alone
+    rows, forward = [], hf_scorer.HFScorer._forward
+    monkeypatch.setattr(hf_scorer.HFScorer, "_forward", lambda self, samples: rows.append(len(samples)) or forward(self, samples))
     shutil.rmtree(tmp_path / "out")
     go()
+    assert rows == [1] * 4
     for ours, theirs in zip(map(json.loads, (tmp_path / "out" / "realigned.jsonl").read_text("utf-8").splitlines()), kept, strict=True):
         assert all(ours[name] == pytest.approx(theirs[name], abs=2e-6) for name in SCORES)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_plugin.cli.arguments import arranged
 from megatron_plugin.cli.commands import parser
 from megatron_plugin.config import load_config
 from tests.walk.commands import ROOT, every_command
@@ -36,9 +37,9 @@ def test_there_are_commands_and_every_exception_is_one():
 def test_it_is_understood_as_printed(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     ranks, words = words_of(command)
-    arguments = parser().parse_args(words)
-    if words[0] == "train" and words[1].startswith("configs/"):
-        load_config(words[1], [word for word in words[2:] if not word.startswith("--")], world_size=None if "..." in command.text else ranks)
+    arguments = parser().parse_args(arranged(words))
+    if words[0] == "train" and arguments.config.startswith("configs/"):
+        load_config(arguments.config, arguments.overrides, world_size=None if "..." in command.text else ranks, smoke=arguments.smoke)
     assert arguments.run
 
 

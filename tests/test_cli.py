@@ -113,7 +113,7 @@ def test_help_takes_half_a_second_and_no_torch():
     (("train", DEBUG, "model.num_layer=3"), 2, "command line: model.num_layer: got an unknown key; did you mean 'model.num_layers'?"),
     (("train", DEBUG, "parallel.tensor=2"), 2, "command line: world size: got 1 rank, expected a multiple of 2"),
     (("train", "nowhere.yaml"), 2, "nowhere.yaml: cannot read the configuration: got No such file"),
-    (("train", DEBUG, "data.train=nowhere.jsonl"), 4, "command line: data.train: got 'nowhere.jsonl', expected a file that exists"),
+    (("train", DEBUG, "data.train=nowhere.jsonl"), 4, "command line: data.train: got 'nowhere.jsonl', which is nothing, expected a file with something in it"),
 ])  # fmt: skip
 def test_mistakes_cost_no_torch_and_no_two_seconds(arguments, expected, message):
     code, out, said, seconds, imported = command(*arguments)

@@ -281,10 +281,13 @@ def test_overrides_that_are_none(small, override):
 
 
 def test_missing_data_is_a_data_error(small, tmp_path):
-    (tmp_path / "there.jsonl").write_text("")
-    check_files(load_config(small, [f"data.train={tmp_path}/there.jsonl", f"data.tokenizer={tmp_path}"]))
-    for override in ("data.train=[nowhere.jsonl]", "data.eval=nowhere.jsonl",
-    "data.tokenizer=nowhere", f"data.tokenizer={tmp_path}/there.jsonl",
+    (tmp_path / "there.jsonl").write_text("{}")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "t").mkdir()
+    (tmp_path / "t" / "tokenizer.json").write_text("{}")
+    check_files(load_config(small, [f"data.train={tmp_path}/there.jsonl", f"data.tokenizer={tmp_path}/t", f"run_dir={tmp_path}/run"]))
+    for override in ("data.train=[nowhere.jsonl]", "data.eval=nowhere.jsonl", f"data.train={tmp_path}/empty.jsonl", "data.train=~/x.jsonl",
+    "data.tokenizer=nowhere", f"data.tokenizer={tmp_path}/there.jsonl", f"data.tokenizer={tmp_path}",
                      "data.chat_template=nowhere", f"data.train={tmp_path}"):  # fmt: skip
         with pytest.raises(ConfigError, match=f"command line: {override.partition('=')[0]}: got ") as caught:
             check_files(load_config(small, [override]))
@@ -298,7 +301,11 @@ def test_a_missing_checkpoint_is_found_before_torch_is_imported(small, tmp_path)
         with pytest.raises(ConfigError, match=f"command line: {key}: got 'runs/nowhere', expected a run directory or checkpoint that exists") as caught:
             check_files(load_config(small, [f"{key}=runs/nowhere", f"run_dir={run}"]))
         assert caught.value.exit_code == 3
-    check_files(load_config(small, [f"checkpoint.init={tmp_path}", f"run_dir={run}"]))
+    with pytest.raises(ConfigError, match="checkpoint.init"):
+        check_files(load_config(small, [f"checkpoint.init={tmp_path}", f"run_dir={run}"]))
+    (tmp_path / "other" / "checkpoints" / "step_00000010").mkdir(parents=True)
+    for there in ("other", "other/checkpoints/step_00000010"):
+        check_files(load_config(small, [f"checkpoint.init={tmp_path}/{there}", f"run_dir={run}"]))
     (run / "checkpoints" / "step_00000010").mkdir(parents=True)
     check_files(load_config(small, ["checkpoint.init=runs/nowhere", f"run_dir={run}"]))
 
@@ -340,7 +347,7 @@ def test_a_mistake_is_not_told_again_as_what_follows_from_it(tmp_path):
 def test_every_missing_file_is_told(small):
     with pytest.raises(ConfigError) as caught:
         check_files(load_config(small, ["data.train=[a.jsonl,b.jsonl]", "data.tokenizer=t"]))
-    assert [line.partition(", expected")[0].rpartition("got ")[2] for line in str(caught.value).splitlines()] == ["'a.jsonl'", "'b.jsonl'", "'t'"]
+    assert [line.partition(", expected")[0].rpartition("got ")[2] for line in str(caught.value).splitlines()] == ["'a.jsonl', which is nothing", "'b.jsonl', which is nothing", "'t'"]
     assert caught.value.exit_code == 4
 
 

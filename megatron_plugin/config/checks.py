@@ -20,6 +20,8 @@ from megatron_plugin.config.schema import Config
 __all__ = ["check", "check_files", "check_folder"]
 
 REQUIRED = ("num_layers", "hidden_size", "num_attention_heads")
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+"""A directory without any of them holds no tokenizer."""
 SMALLEST_BPE = 263  # 256 bytes and 7 control tokens (data/tokenizer.py)
 LOWEST = {
     1: ("train.steps", "train.max_nonfinite", "train.micro_batch", "train.global_batch", "train.log_interval", "train.timeout_s", "parallel.tensor",
@@ -31,6 +33,7 @@ LOWEST = {
         "train.eval_interval", "data.eval_samples", "data.eval_answers", "checkpoint.interval", "checkpoint.keep", "mu.warmup_steps", "mu.decay_steps",
         "data.expert_samples", "rollout.memory", "rollout.top_k", "rollout.max_staleness", "rollout.dynamic_sampling", "rollout.overlong_buffer",
         "rollout.overlong_penalty", "rollout.eval_n", "rollout.max_restarts", "rollout.correction_bound", "rollout.temperature", "log.peak_tflops",
+        "model.layernorm_epsilon",
         "profile.first_step"),
     2: ("data.seq_length",),
     SMALLEST_BPE: ("data.bpe_vocab_size",),
@@ -80,10 +83,12 @@ def check_files(config: Config) -> None:
     files = {"data.train": data.train, "data.eval": data.eval, "data.prompts": data.prompts, "data.chat_template": [data.chat_template]}
     for key, paths in files.items():
         for path in paths:
-            if path and not Path(path).is_file():
-                reason = f"got {path!r}, expected a file that exists, relative to {Path.cwd()}"
+            if path and not (Path(path).is_file() and Path(path).stat().st_size):
+                there = "an empty file" if Path(path).is_file() else "a directory" if Path(path).is_dir() else "nothing"
+                home = "; ~ is not expanded here" if path.startswith("~") else ""
+                reason = f"got {path!r}, which is {there}, expected a file with something in it, relative to {Path.cwd()}{home}"
                 missing.append(DataPathError(reason, key, config.sources.get(key)))
-    if data.tokenizer and not Path(data.tokenizer).is_dir():
+    if data.tokenizer and not any((Path(data.tokenizer) / name).is_file() for name in TOKENIZER):
         reason = f"got {data.tokenizer!r}, expected a directory with tokenizer.json; leave it empty to train a byte-level BPE"
         missing.append(DataPathError(reason, "data.tokenizer", config.sources.get("data.tokenizer")))
     raise_all([*missing, *_missing_checkpoints(config)])
@@ -97,7 +102,7 @@ def _missing_checkpoints(config: Config) -> Iterator[CheckpointPathError]:
     if not named and not any((Path(config.run_dir) / "checkpoints").glob("step_*")):
         named = {"checkpoint.init": wanted.init}
     for key, path in named.items():
-        if path and not Path(path).exists():
+        if path and not (any((Path(path) / "checkpoints").glob("step_*")) or (Path(path) / "train_state.json").is_file() or Path(path).name.startswith("step_")):
             reason = f"got {path!r}, expected a run directory or checkpoint that exists, relative to {Path.cwd()}; train or import it first"
             yield CheckpointPathError(reason, key, config.sources.get(key))
 
@@ -134,6 +139,7 @@ def _check_model(config: Config, *, missing: bool) -> Iterator[ConfigError]:
 def _check_ranges(config: Config) -> Iterator[ConfigError]:
     sections = {name: section for name, section in asdict(config).items() if isinstance(section, dict)}
     values = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()} | {"seed": config.seed}
+    values = {key: value for key, value in values.items() if isinstance(value, (int, float))}  # what has another type is told as that
     for key, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             yield _wrong(config, key, f"got {value}, expected a finite number")

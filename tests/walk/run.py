@@ -1,4 +1,5 @@
-"""The README and the pages, typed in from top to bottom: every command is run as printed, in one folder, with fewer steps and samples where that is all it changes.
+"""The README and the pages, typed in from top to bottom: every command is run as printed, each page in a folder of its own, with fewer steps and samples where that is
+all it changes.
 
     make test-commands                       all of them, about ten minutes; ends with 1 if one fails
     python -m tests.walk.run README.md       those of one page
@@ -88,19 +89,24 @@ def execute(text: str, folder: Path) -> tuple[bool, str]:
 
 def main(pages: list[str]) -> int:
     commands = [c for c in every_command() if (not pages or c.page in pages) and not elsewhere(c)]
-    commands.sort(key=lambda command: not FIRST.search(command.text))  # stable
+    failed = sum(walk([c for c in commands if c.page == page]) for page in dict.fromkeys(c.page for c in commands))
+    print(f"{len(commands)} commands, {failed} failed")
+    return int(failed > 0)
+
+
+def walk(commands: list[Command]) -> int:
+    """Those of one page; how many failed."""
     failed = 0
     with tempfile.TemporaryDirectory(prefix="walk-") as name:
         prepare(Path(name))
-        for command in commands:
+        for command in sorted(commands, key=lambda command: not FIRST.search(command.text)):  # stable
             begin = time.perf_counter()
             fine, said = execute(typed(command), Path(name))
             failed += not fine
             print(f"{'ok    ' if fine else 'FAILED'} {time.perf_counter() - begin:6.1f} s  {command.page}:{command.line}: {typed(command)}", flush=True)
             if not fine:
                 print("\n".join(f"    {line}" for line in said.splitlines()[-25:]), flush=True)
-    print(f"{len(commands)} commands, {failed} failed")
-    return int(failed > 0)
+    return failed
 
 
 if __name__ == "__main__":
